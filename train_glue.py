@@ -1,0 +1,746 @@
+"""Fine-tune an encoder with LoRA, LoRA-SAM and Bi-LoRA, over several seeds, and compare them.
+
+    python train_glue.py                                                     # the embedded task: no download, minutes on a CPU
+    python train_glue.py --task mrpc --data glue/MRPC --model MiniLM --bf16  # GLUE's TSV files, a BERT checkpoint
+
+The embedded task is the paper's regime in miniature: a small transformer is pretrained on the spot on a generated
+language (once; it is cached), then fine-tuned on few sentences with noisy labels, and scored on clean ones.
+The methods of one seed share data order, initial adapter and initial head: compare them seed by seed.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+
+from bilora import (add_lora, auxiliary_parameters, bilora_optimizer, bilora_step, lora_sam_step, lora_step,
+                    perturbation_norm, primary_parameters, save_adapter)
+from model import Config, Transformer, load_tokenizer
+
+matplotlib.use("Agg")  # draws files, needs no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+METHODS = ("lora", "lora-sam", "bi-lora")
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """A GLUE task: where its columns are, what its labels mean, how it is scored, the paper's settings for it."""
+    text: tuple                      # columns of the sentences: names, or indices where the file has no header
+    label: object                    # column of the label
+    labels: tuple                    # label in the file, in the order of the classes; () for a regression
+    metrics: tuple
+    epochs: int
+    rho: tuple = (0.01, 0.05)        # LoRA-SAM, Bi-LoRA
+    lr: float = 5e-4
+    batch_size: int = 32
+    dev: tuple = ("dev",)            # file names of the evaluation sets, without .tsv
+    skip_short: bool = False         # rows that lack a field are part of the published file
+    seeds: tuple = (0, 1, 2)
+
+
+TASKS = {
+    "embedded": Task((), None, ("0", "1"), ("accuracy",), epochs=10, seeds=(0, 1, 2, 3, 4)),
+    "mrpc": Task(("#1 String", "#2 String"), "Quality", ("0", "1"), ("accuracy", "f1"), epochs=10),
+    "cola": Task((3,), 1, ("0", "1"), ("matthews", "accuracy"), epochs=10),
+    "sst2": Task(("sentence",), "label", ("0", "1"), ("accuracy",), epochs=3),
+    "rte": Task(("sentence1", "sentence2"), "label", ("entailment", "not_entailment"), ("accuracy",), epochs=10,
+                rho=(0.05, 0.1)),
+    "qnli": Task(("question", "sentence"), "label", ("entailment", "not_entailment"), ("accuracy",), epochs=3),
+    "qqp": Task(("question1", "question2"), "is_duplicate", ("0", "1"), ("accuracy", "f1"), epochs=3, skip_short=True),
+    "mnli": Task(("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"), ("accuracy",),
+                 epochs=3, dev=("dev_matched", "dev_mismatched")),
+    "stsb": Task(("sentence1", "sentence2"), "score", (), ("pearson", "spearman"), epochs=10),
+}
+
+
+def read_tsv(task, path):
+    """[(sentences, label)] of a GLUE file: no quoting, a byte-order mark allowed.  ValueError names file, line, value."""
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        lines = [line.rstrip("\r\n").split("\t") for line in file]
+    columns, start = [*task.text, task.label], 0
+    if isinstance(task.label, str):
+        header, start = lines[0] if lines else [], 1
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise ValueError(f"{path}, line 1: no column {missing[0]!r}; the header has {header}")
+        columns = [header.index(name) for name in columns]
+    rows = []
+    for number, fields in enumerate(lines[start:], start + 1):
+        if len(fields) <= max(columns):
+            if task.skip_short:
+                continue
+            raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected at least {max(columns) + 1}")
+        *text, label = (fields[column] for column in columns)
+        rows.append((tuple(text), read_label(task, label, f"{path}, line {number}")))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def read_label(task, text, where):
+    if task.labels:
+        if text not in task.labels:
+            raise ValueError(f"{where}: label {text!r}, expected one of {', '.join(task.labels)}")
+        return task.labels.index(text)
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not 0 <= score <= 5:
+        raise ValueError(f"{where}: score {text!r}, expected a number from 0 to 5")
+    return score
+
+
+def encode(tokenizer, rows, max_length):
+    """[(token ids, segment ids, label)] of [(sentences, label)], each truncated to max_length tokens."""
+    special = tokenizer.num_special_tokens_to_add(len(rows[0][0]) > 1)
+    if max_length <= special:
+        raise ValueError(f"--max-length is {max_length}; expected more than the {special} special tokens of a row")
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    encodings = tokenizer.encode_batch([text if len(text) > 1 else text[0] for text, _ in rows])
+    return [(encoding.ids, encoding.type_ids, label) for encoding, (_, label) in zip(encodings, rows)]
+
+
+def add_label_noise(examples, noise, classes, generator):
+    """Give a fraction `noise` of the examples another label, drawn uniformly from the other classes."""
+    flipped = set(generator.sample(range(len(examples)), round(noise * len(examples))))
+    return [(ids, types, generator.choice([c for c in range(classes) if c != label]) if i in flipped else label)
+            for i, (ids, types, label) in enumerate(examples)]
+
+
+# ---------------------------------------------------------------------------------------------- the embedded task
+
+# A language with agreement, to be judged acceptable or not, like CoLA.  Words are (singular, plural) where they inflect.
+NOUNS = {
+    "animate": "teacher doctor farmer child/children woman/women dog horse bird sailor baker student guest king wolf/wolves",
+    "thing": "book letter table bottle car ship lamp knife/knives door bridge clock basket carpet mirror",
+}
+DETERMINERS = {0: "the a this every", 1: "the these many few"}
+ADJECTIVES = {"animate": "hungry clever sleepy brave proud", "thing": "wooden broken rusty hollow plastic",
+              "any": "small big red white heavy tall"}
+PREPOSITIONS = "near behind beside beneath"
+ADVERBS = "never rarely sometimes quickly"
+VERBS = {  # frame: (what the subject is, what follows the verb, the verbs)
+    "transitive": ("animate", "any", "likes/like carries/carry finds/find touches/touch hides/hide"),
+    "consuming": ("animate", "thing", "reads/read repairs/repair sells/sell paints/paint"),
+    "affecting": ("any", "animate", "frightens/frighten pleases/please hurts/hurt protects/protect"),
+    "living": ("animate", None, "sleeps/sleep laughs/laugh walks/walk waits/wait sings/sing"),
+    "being": ("thing", None, "breaks/break shines/shine rots/rot leaks/leak cracks/crack"),
+    "saying": ("animate", "clause", "thinks/think says/say hopes/hope claims/claim"),
+}
+
+
+def inflected(words):
+    """[(singular, plural)] of "dog child/children"."""
+    return [tuple(word.split("/")) if "/" in word else (word, word + "s") for word in words.split()]
+
+
+def vocabulary():
+    words = {"that"} | {word for text in (PREPOSITIONS, ADVERBS, *DETERMINERS.values(), *ADJECTIVES.values())
+                        for word in text.split()}
+    words |= {form for text in (*NOUNS.values(), *(verbs for _, _, verbs in VERBS.values()))
+              for forms in inflected(text) for form in forms}
+    return ["[PAD]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+
+
+def fits(need, animacy):
+    return need in ("any", animacy)
+
+
+def verb_phrase(rng, depth, subject, number, gap=None):
+    """A verb that agrees with its subject and what follows it, as [(word, words that would be a violation there)].
+
+    subject: its animacy.  gap: animacy of the noun that a relative clause has moved out of the object's place.
+    """
+    def allowed(frame):
+        needs, follows, _ = VERBS[frame]
+        object_fits = follows in ("any", gap) if gap else follows != "clause" or depth > 0
+        return fits(needs, subject) and object_fits
+
+    frame = rng.choice([frame for frame in VERBS if allowed(frame)])
+    _, follows, verbs = VERBS[frame]
+    forms = rng.choice(inflected(verbs))
+    after, object_animacy = [], gap
+    if not gap and follows == "clause":
+        after = [("that", []), *clause(rng, depth - 1)]
+    elif not gap and follows:
+        object_animacy = rng.choice(["animate", "thing"] if follows == "any" else [follows])
+        after, _ = noun_phrase(rng, depth - 1, object_animacy)
+
+    def grammatical(other):  # would a verb of the other frame be right here too?
+        needs, other_follows, _ = VERBS[other]
+        right = fits(other_follows, object_animacy) if object_animacy else other_follows == follows
+        return fits(needs, subject) and (right if other_follows else other_follows == follows)
+
+    wrong_frames = [verb[number] for other, (_, _, verbs) in VERBS.items() if not grammatical(other)
+                    for verb in inflected(verbs)]
+    adverb = [(rng.choice(ADVERBS.split()), [])] if rng.random() < 0.2 else []
+    wrong = [forms[1 - number]] if rng.random() < 0.5 or not wrong_frames else wrong_frames
+    return [*adverb, (forms[number], wrong), *after]
+
+
+def noun_phrase(rng, depth, animacy):
+    """([(word, violations)], number): a determiner, sometimes an adjective, a noun, sometimes an attractor after it."""
+    number = rng.randrange(2)
+    determiner = rng.choice(DETERMINERS[number].split())
+    wrong = [] if determiner == "the" else [d for d in DETERMINERS[1 - number].split() if d != "the"]
+    words = [(determiner, wrong)]
+    if rng.random() < 0.3:
+        other = "thing" if animacy == "animate" else "animate"
+        words.append((rng.choice((ADJECTIVES[animacy] + " " + ADJECTIVES["any"]).split()), ADJECTIVES[other].split()))
+    words.append((rng.choice(inflected(NOUNS[animacy]))[number], []))
+    kind = rng.random() if depth > 0 else 1.0
+    if kind < 0.25:    # an attractor: "the dogs near the table sleep"
+        words += [(rng.choice(PREPOSITIONS.split()), []), *noun_phrase(rng, 0, rng.choice(["animate", "thing"]))[0]]
+    elif kind < 0.4:   # a subject relative clause: "the dogs that like the king sleep"
+        words += [("that", []), *verb_phrase(rng, 0, animacy, number)]
+    elif kind < 0.55:  # an object relative clause: "the dogs that the king likes sleep"
+        subject = rng.choice(["animate", "thing"] if animacy == "animate" else ["animate"])
+        inner, inner_number = noun_phrase(rng, 0, subject)
+        words += [("that", []), *inner, *verb_phrase(rng, 0, subject, inner_number, gap=animacy)]
+    return words, number
+
+
+def clause(rng, depth):
+    subject = rng.choice(["animate", "thing"])
+    words, number = noun_phrase(rng, depth, subject)
+    return [*words, *verb_phrase(rng, depth, subject, number)]
+
+
+def sentence(rng, acceptable=True):
+    """A list of words.  An unacceptable one differs from an acceptable one by one violation or one exchange of neighbours.
+
+    A noun and its determiner and adjective stand together in every acceptable sentence, so that an exchange which
+    moves one of them never gives another acceptable one.
+    """
+    while not 4 <= len(words := clause(rng, depth=1)) <= 14:
+        pass
+    text = [word for word, _ in words]
+    if acceptable:
+        return text
+    places = [i for i, (_, wrong) in enumerate(words) if wrong]
+    if places and rng.random() < 0.8:
+        place = rng.choice(places)
+        text[place] = rng.choice(words[place][1])
+        return text
+    fixed = {word for group in (NOUNS["animate"], NOUNS["thing"]) for forms in inflected(group) for word in forms}
+    fixed |= {word for group in (*DETERMINERS.values(), *ADJECTIVES.values()) for word in group.split()}
+    place = rng.choice([i for i in range(len(text) - 1) if text[i] in fixed or text[i + 1] in fixed])
+    text[place], text[place + 1] = text[place + 1], text[place]
+    return text
+
+
+def embedded_rows(seed, split, count):
+    """[((sentence,), label)] with as many acceptable sentences as not; another stream of numbers for each seed and split."""
+    rng = random.Random(f"{split}-{seed}")
+    return [((" ".join(sentence(rng, acceptable=i % 2 == 1)),), i % 2) for i in range(count)]
+
+
+def embedded_tokenizer():
+    vocab = {word: i for i, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[MASK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")])
+    return tokenizer
+
+
+EMBEDDED_TRAIN, EMBEDDED_TEST = 400, 2000  # sentences
+EMBEDDED_CONFIG = Config(vocab_size=len(vocabulary()), d_model=128, d_ff=512, heads=4, encoder_layers=4, max_length=20)
+PRETRAINING = {"steps": 2000, "batch_size": 128, "lr": 2e-3, "masked": 0.2, "sentences": 60_000, "seed": 0}
+
+
+def pretrained_base(folder, device, bf16):
+    """State dict of the embedded task's base: read from the cache, or pretrained now and put there."""
+    settings = {"config": asdict(EMBEDDED_CONFIG), "vocabulary": vocabulary(), **PRETRAINING}
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    path = os.path.join(folder, f"pretrained-{key}.pt")
+    if not os.path.exists(path):
+        state = pretrain(device, bf16)
+        os.makedirs(folder, exist_ok=True)
+        torch.save(state, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def pretrain(device, bf16):
+    """Masked-token denoising: of a fifth of the words, 80 % are hidden, 10 % replaced and 10 % kept; predict them."""
+    settings, vocab = PRETRAINING, EMBEDDED_CONFIG.vocab_size
+    rng, tokenizer = random.Random(settings["seed"]), embedded_tokenizer()
+    rows = [((" ".join(sentence(rng)),), 0) for _ in range(settings["sentences"])]
+    examples = encode(tokenizer, rows, EMBEDDED_CONFIG.max_length)
+    torch.manual_seed(settings["seed"])
+    model = Transformer(EMBEDDED_CONFIG).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=0.01, fused=True)
+    schedule = cosine_schedule(optimizer, settings["steps"], warmup=0.05)
+    batches = (batch for epoch in range(10**6) for batch in batch_order(examples, settings["batch_size"], rng))
+    bar = tqdm(range(settings["steps"]), desc="pretraining the base", disable=None)
+    for _, batch in zip(bar, batches):
+        ids, _, mask, _ = collate([examples[i] for i in batch], 0, device)
+        chosen = (torch.rand(ids.shape, device=device) < settings["masked"]) & (ids > 3)  # words, not special tokens
+        dice = torch.rand(ids.shape, device=device)
+        shown = torch.where(chosen & (dice < 0.8), 3, ids)                                # 3: [MASK]
+        shown = torch.where(chosen & (dice > 0.9), torch.randint_like(ids, 4, vocab), shown)
+        with precision(device, bf16):
+            logits = F.linear(model(shown, mask)[chosen], model.encoder.tokens.weight)
+            loss = F.cross_entropy(logits.float(), ids[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.state_dict()
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def batch_order(examples, batch_size, rng):
+    """Lists of indices, one epoch: shuffled, but each batch of rows of similar length (sorted within 16 batches)."""
+    order, pool = list(range(len(examples))), 16 * batch_size
+    rng.shuffle(order)
+    order = [i for start in range(0, len(order), pool)
+             for i in sorted(order[start:start + pool], key=lambda i: len(examples[i][0]))]
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def collate(examples, pad_id, device):
+    """(ids, segment ids, mask, labels): (B, L) int64 three times, padded to the longest row, and (B,)."""
+    ids, types, labels = zip(*examples)
+    length = max(map(len, ids))
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in ids]
+    padded = [[[*row, *[fill] * (length - len(row))] for row in rows] for rows, fill in ((ids, pad_id), (types, 0))]
+    return (*(torch.tensor(rows, device=device) for rows in (*padded, mask)), torch.tensor(labels, device=device))
+
+
+@contextlib.contextmanager
+def precision(device, bf16):
+    """Autocast to bfloat16, or nothing.  On a CPU the plain attention kernel's backward is the faster one in bfloat16."""
+    with contextlib.ExitStack() as stack:
+        if bf16:
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if device.type == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+def cosine_schedule(optimizer, steps, warmup=0.03):
+    """Linear warm-up over a fraction of the steps, then half a cosine to 0; the same factor for every group."""
+    warm = max(1, round(warmup * steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / warm if step < warm else
+                                             0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def score(task, predictions, labels):
+    """{metric: value} of one evaluation set; F1 is that of class 1, and what is 0 / 0 is 0."""
+    p, y = np.asarray(predictions, dtype=float), np.asarray(labels, dtype=float)
+    tp, fp, fn, tn = (np.sum((p == a) & (y == b)) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    ratio = lambda a, b: float(a / b) if b > 0 else 0.0
+    metrics = {
+        "accuracy": lambda: float(np.mean(p == y)),
+        "f1": lambda: ratio(2 * tp, 2 * tp + fp + fn),
+        "matthews": lambda: ratio(tp * tn - fp * fn, math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))),
+        "pearson": lambda: correlation(p, y),
+        "spearman": lambda: correlation(ranks(p), ranks(y)),
+    }
+    return {name: metrics[name]() for name in task.metrics}
+
+
+def correlation(a, b):
+    a, b = a - a.mean(), b - b.mean()
+    norm = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b) / norm if norm > 0 else 0.0
+
+
+def ranks(values):
+    """Ranks from 1, ties sharing their mean rank."""
+    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[where]
+
+
+@torch.no_grad()
+def predict(model, task, examples, pad_id, device, bf16):
+    """The class, or for a regression the number, that the model gives each example."""
+    model.eval()
+    predictions, order = [0] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    for start in range(0, len(order), 128):
+        batch = order[start:start + 128]
+        ids, types, mask, _ = collate([examples[i] for i in batch], pad_id, device)
+        with precision(device, bf16):
+            logits = model(ids, mask, types)
+        for i, value in zip(batch, (logits.argmax(1) if task.labels else logits[:, 0].float()).tolist()):
+            predictions[i] = value
+    return predictions
+
+
+def scores_of(task, predictions, sets):
+    """{metric: value} over {set: predictions}; where a task has several sets, a metric's name ends in its set's."""
+    return {metric + ("_" + name.removeprefix("dev_") if len(sets) > 1 else ""): value
+            for name, examples in sets.items()
+            for metric, value in score(task, predictions[name], [label for *_, label in examples]).items()}
+
+
+def evaluate(model, task, sets, pad_id, device, bf16):
+    """({metric: value}, {set: predictions per class}) of {set: examples}."""
+    predictions = {name: predict(model, task, examples, pad_id, device, bf16) for name, examples in sets.items()}
+    counts = {name: [p.count(c) for c in range(len(task.labels))] for name, p in predictions.items() if task.labels}
+    return scores_of(task, predictions, sets), counts
+
+
+# ---------------------------------------------------------------------------------------------- one run
+
+
+def forward_backward(model, task, examples, args, pad_id):
+    """Mean loss over the examples, a 0-dim tensor; its gradient is added up micro-batch by micro-batch."""
+    device, size, total = torch.device(args.device), args.micro_batch or len(examples), 0.0
+    for start in range(0, len(examples), size):
+        part = examples[start:start + size]
+        ids, types, mask, labels = collate(part, pad_id, device)
+        with precision(device, args.bf16):
+            logits = model(ids, mask, types).float()
+            loss = F.cross_entropy(logits, labels) if task.labels else F.mse_loss(logits[:, 0], labels)
+        loss = loss * (len(part) / len(examples))
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def prepare(args, method, seed, build):
+    """(model, layers, optimizer) of a run: the same head and primary pairs for every method of a seed."""
+    torch.manual_seed(seed)  # first: head and adapters are drawn from it
+    model = build().to(args.device)
+    layers = add_lora(model, args.rank, args.alpha, args.aux_rank if method == "bi-lora" else 0)
+    model.classifier.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = args.dropout
+    torch.manual_seed(seed)  # dropout masks: the same stream, however much the adapters drew
+    return model, layers, bilora_optimizer(model, args.lr, args.aux_lr)
+
+
+def parameter_counts(model):
+    groups = {"primary": primary_parameters(model), "auxiliary": auxiliary_parameters(model),
+              "head": list(model.classifier.parameters())}
+    return {name: sum(p.numel() for p in params) for name, params in groups.items()}
+
+
+def train(args, task, method, seed, experiment, folder):
+    """One method, one seed.  Returns the run's metrics, and leaves a run folder with all there is to know about it."""
+    examples, sets = experiment.data(seed)
+    model, layers, optimizer = prepare(args, method, seed, experiment.build)
+    primary = primary_parameters(model)
+    rho = {"lora": 0.0, "lora-sam": args.rho[0], "bi-lora": args.rho[-1]}[method]
+    steps = args.epochs * math.ceil(len(examples) / args.batch_size)
+    schedule, rng, log, epochs = cosine_schedule(optimizer, steps), random.Random(seed), [], []
+    reset_peak_memory(args.device)
+    bar = tqdm(total=steps, desc=f"{method}, seed {seed}", leave=False, disable=None)
+    for epoch in range(1, args.epochs + 1):
+        model.train()
+        for batch in batch_order(examples, args.batch_size, rng):
+            passes = []
+
+            def closure():
+                if method == "lora-sam":  # for the log: how far apart the weights of the two passes are
+                    passes.append([p.detach().clone() for p in primary])
+                return forward_backward(model, task, [examples[i] for i in batch], args, experiment.pad_id)
+
+            begin, lr = time.perf_counter(), schedule.get_last_lr()[0]
+            if method == "lora":
+                loss = lora_step(optimizer, closure)
+            elif method == "lora-sam":
+                loss = lora_sam_step(optimizer, closure, rho, primary)
+            elif method == "bi-lora":
+                loss = bilora_step(optimizer, closure, layers, rho)
+            loss = loss.item()  # waits for the device
+            seconds = time.perf_counter() - begin
+            schedule.step()
+            norm = get_total_norm([a - b for a, b in zip(*passes)]) if passes else perturbation_norm(layers)
+            log.append({"step": len(log) + 1, "epoch": epoch, "loss": loss, "lr": lr, "perturbation": norm.item(),
+                        "clipped": method == "bi-lora" and norm.item() >= rho * (1 - 1e-5), "seconds": seconds})
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+        metrics, predicted = evaluate(model, task, sets, experiment.pad_id, torch.device(args.device), args.bf16)
+        epochs.append({"epoch": epoch, "loss": statistics.fmean(row["loss"] for row in log if row["epoch"] == epoch),
+                       **metrics, "predicted": predicted})
+    bar.close()
+    best = max(epochs, key=lambda row: row[experiment.metric])
+    result = {"method": method, "seed": seed, "rho": rho, "parameters": parameter_counts(model),
+              "metrics": {**metrics, **{f"best_{name}": best[name] for name in metrics}}, "best_epoch": best["epoch"],
+              "one_class": any(max(counts) == sum(counts) for counts in predicted.values()), "epochs": epochs,
+              "clipped_fraction": statistics.fmean(row["clipped"] for row in log),
+              "step_seconds": statistics.median(row["seconds"] for row in log),
+              "peak_memory_bytes": peak_memory(args.device)}
+    write_run(args, result, log, model, experiment, folder)
+    return result
+
+
+def write_run(args, result, log, model, experiment, folder):
+    os.makedirs(folder, exist_ok=True)
+    config = {**vars(args), "method": result["method"], "seed": result["seed"], "rho": result["rho"]}
+    write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=2))
+    write_text(os.path.join(folder, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
+    save_adapter(model, folder)
+    write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))
+    draw_curves([result], experiment.metric, os.path.join(folder, "curves.png"))
+
+
+def write_text(path, text):
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def reset_peak_memory(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.path.exists("/proc/self/clear_refs"):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # Linux: forget the largest resident size so far
+
+
+def peak_memory(device):
+    """Bytes: allocated on a GPU; on a CPU the largest resident size of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------- all runs together
+
+
+@dataclass
+class Experiment:
+    build: object        # () -> the pretrained model with a fresh head
+    data: object         # seed -> (training examples, {name: evaluation examples})
+    pad_id: int
+    metric: str          # the first metric: chooses the best epoch
+
+
+def load_embedded(args, task):
+    tokenizer, state = embedded_tokenizer(), pretrained_base("runs", torch.device(args.device), args.bf16)
+
+    def build():
+        model = Transformer(replace(EMBEDDED_CONFIG, num_labels=2))
+        model.load_state_dict(state, strict=False)  # all but the head
+        return model
+
+    def data(seed):
+        examples, test = (encode(tokenizer, embedded_rows(seed, split, count), EMBEDDED_CONFIG.max_length)
+                          for split, count in (("train", args.limit), ("test", EMBEDDED_TEST)))
+        return add_label_noise(examples, args.label_noise, 2, random.Random(f"noise-{seed}")), {"test": test}
+
+    return Experiment(build, data, 0, task.metrics[0])
+
+
+def load_glue(args, task):
+    tokenizer = load_tokenizer(args.model)
+    pad_id = tokenizer.padding["pad_id"]
+    build = partial(Transformer.from_pretrained, args.model, num_labels=len(task.labels) or 1)
+    build()  # a bad checkpoint is found now, before anything is written
+    train_rows, *dev_rows = (read_tsv(task, os.path.join(args.data, name + ".tsv")) for name in ("train", *task.dev))
+    examples, sets = encode(tokenizer, train_rows, args.max_length), {
+        name: encode(tokenizer, rows, args.max_length) for name, rows in zip(task.dev, dev_rows)}
+
+    def data(seed):
+        some = examples
+        if args.limit and args.limit < len(examples):
+            some = random.Random(f"limit-{seed}").sample(examples, args.limit)
+        return add_label_noise(some, args.label_noise, len(task.labels), random.Random(f"noise-{seed}")), sets
+
+    suffix = "_" + task.dev[0].removeprefix("dev_") if len(task.dev) > 1 else ""
+    return Experiment(build, data, pad_id, task.metrics[0] + suffix)
+
+
+def mean_stderr(values):
+    n = len(values)
+    return {"mean": statistics.fmean(values), "stderr": statistics.stdev(values) / math.sqrt(n) if n > 1 else None, "n": n}
+
+
+def summarize(results):
+    """({method: {metric: mean, standard error, n}}, the same of the differences to LoRA with the same seed)."""
+    runs = {(run["method"], run["seed"]): run["metrics"] for run in results}
+    summary, differences = {}, {}
+    for method in dict.fromkeys(run["method"] for run in results):
+        seeds = [seed for name, seed in runs if name == method]
+        summary[method] = {metric: mean_stderr([runs[method, seed][metric] for seed in seeds])
+                           for metric in runs[method, seeds[0]]}
+        paired = [seed for seed in seeds if ("lora", seed) in runs]
+        if method != "lora" and paired:
+            differences[method] = {metric: mean_stderr([runs[method, seed][metric] - runs["lora", seed][metric]
+                                                        for seed in paired]) for metric in summary[method]}
+    return summary, differences
+
+
+def print_table(results, summary, differences, majority):
+    def cell(entry):
+        return f"{entry['mean']:.4f} +- {entry['stderr']:.4f}" if entry["n"] > 1 else f"{entry['mean']:.4f}"
+
+    for metric in majority:
+        print(f"\n{metric:<12} {'last epoch':<18} {'best epoch':<18} {'last, minus LoRA':<18} s/step  peak MiB")
+        print(f"{'majority':<12} {majority[metric]:.4f}")
+        for method, entries in summary.items():
+            runs = [run for run in results if run["method"] == method]
+            difference = cell(differences[method][metric]) if method in differences else ""
+            seconds, peak = (statistics.median(run[key] for run in runs) for key in ("step_seconds", "peak_memory_bytes"))
+            print(f"{method:<12} {cell(entries[metric]):<18} {cell(entries['best_' + metric]):<18} {difference:<18} "
+                  f"{seconds:<7.3f} {peak / 2**20:.0f}")
+    degenerate = [f"{run['method']} seed {run['seed']}" for run in results if run["one_class"]]
+    if degenerate:
+        print(f"predicted one class only: {', '.join(degenerate)}")
+    print(f"mean +- standard error over {max(e[metric]['n'] for e in summary.values())} seeds; "
+          "the best epoch is chosen on the set it is reported on")
+
+
+def draw_curves(results, metric, path):
+    """Training loss and evaluation metric over the epochs, a line a method, a band of one standard error over the seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, key, label in ((axes[0], "loss", "training loss"), (axes[1], metric, metric)):
+        for method in dict.fromkeys(run["method"] for run in results):
+            curves = np.array([[row[key] for row in run["epochs"]] for run in results if run["method"] == method])
+            epochs, mean = np.arange(1, curves.shape[1] + 1), curves.mean(0)
+            error = curves.std(0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.zeros_like(mean)
+            axis.plot(epochs, mean, marker=".", label=method)
+            axis.fill_between(epochs, mean - error, mean + error, alpha=0.2)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+    axes[0].legend()
+    figure.savefig(path + ".tmp", format="png", dpi=100)
+    plt.close(figure)
+    os.replace(path + ".tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------- arguments and main
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, least, below=math.inf):
+    """An argparse type: a number from `least` to under `below`."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {kind.__name__} >= {least}"
+                                             + (f" and < {below}" if below < math.inf else ""))
+        return value
+    return convert
+
+
+def parse_arguments(argv):
+    parser = Parser(prog="train_glue.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("task")
+    group.add_argument("--task", choices=TASKS, default="embedded", help="default: %(default)s")
+    group.add_argument("--data", help="folder with the task's train.tsv and dev.tsv")
+    group.add_argument("--model", help="folder with config.json, model.safetensors and tokenizer.json")
+    group.add_argument("--limit", type=number(int, 1), help=f"training examples, drawn per seed (default: all; embedded {EMBEDDED_TRAIN})")
+    group.add_argument("--label-noise", type=number(float, 0, 1), help="fraction of training labels replaced (default: 0; embedded 0.1)")
+    group.add_argument("--max-length", type=number(int, 1), default=256, help="tokens a row (default: %(default)s)")
+    group = parser.add_argument_group("method; where no default is shown it is the paper's for the task")
+    group.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all three")
+    group.add_argument("--rank", type=number(int, 1), default=8, help="r (default: %(default)s)")
+    group.add_argument("--aux-rank", type=number(int, 1), default=8, help="r2, Bi-LoRA (default: %(default)s)")
+    group.add_argument("--alpha", type=number(float, 0), default=16, help="scale s = alpha / r (default: %(default)s)")
+    group.add_argument("--rho", type=number(float, 0), nargs="+", help="radius; two values: LoRA-SAM's and Bi-LoRA's")
+    group.add_argument("--lr", type=number(float, 0), help="peak learning rate, eta1")
+    group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent (default: --lr)")
+    group.add_argument("--epochs", type=number(int, 1))
+    group.add_argument("--batch-size", type=number(int, 1), help="rows a step")
+    group.add_argument("--micro-batch", type=number(int, 1), help="rows a forward pass (default: --batch-size)")
+    group.add_argument("--dropout", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
+    group = parser.add_argument_group("run")
+    group.add_argument("--seeds", type=number(int, 0), nargs="+", help="default: 0 1 2; embedded 0 1 2 3 4")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
+    group.add_argument("--out", help="folder for the results (default: runs/TASK)")
+    args = parser.parse_args(argv)
+    task = TASKS[args.task]
+    embedded = args.task == "embedded"
+    defaults = {"lr": task.lr, "rho": list(task.rho), "epochs": task.epochs, "batch_size": task.batch_size,
+                "seeds": list(task.seeds), "limit": EMBEDDED_TRAIN if embedded else None,
+                "label_noise": 0.1 if embedded else 0.0, "out": os.path.join("runs", args.task)}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if len(args.rho) > 2:
+        parser.error(f"--rho has {len(args.rho)} values; expected one or two")
+    if not embedded and not (args.data and args.model):
+        parser.error(f"--task {args.task} needs --data DIR and --model DIR")
+    if args.label_noise and not task.labels:
+        parser.error("--label-noise needs a task with classes")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: no CUDA device here; expected cpu")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse_arguments(argv)
+    task = TASKS[args.task]
+    try:
+        experiment = (load_embedded if args.task == "embedded" else load_glue)(args, task)
+        os.makedirs(args.out, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    examples, sets = experiment.data(args.seeds[0])
+    constant = statistics.mode(label for *_, label in examples) if task.labels else 0.0
+    majority = scores_of(task, {name: [constant] * len(rows) for name, rows in sets.items()}, sets)
+    print(f"{args.task}: {len(examples)} training rows; " + ", ".join(f"{len(r)} rows in {n}" for n, r in sets.items()))
+    results = []
+    for seed in args.seeds:
+        for method in args.method:
+            try:
+                run = train(args, task, method, seed, experiment, os.path.join(args.out, f"{method}-seed{seed}"))
+            except FloatingPointError as error:
+                raise SystemExit(f"train_glue.py: {method}, seed {seed}: {error}")
+            if seed == args.seeds[0]:
+                print(f"{method}: parameters " + ", ".join(f"{k} {v:,}" for k, v in run["parameters"].items())
+                      + "; kept at inference: primary, merged or not, and head")
+            results.append(run)
+            summary, differences = summarize(results)
+            report = {"task": args.task, "model": args.model or "embedded", "config": vars(args), "majority": majority,
+                      "results": results, "summary": summary, "difference_to_lora": differences}
+            write_text(os.path.join(args.out, "metrics.json"), json.dumps(report, indent=2))
+    draw_curves(results, experiment.metric, os.path.join(args.out, "curves.png"))
+    print_table(results, summary, differences, majority)
+    return report
+
+
+if __name__ == "__main__":
+    main()
