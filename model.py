@@ -33,7 +33,8 @@ class Config:
     token_types: int = 0            # rows of the table of segment embeddings (BERT's sentence A / B); 0: no such table
     norm_first: bool = True         # pre-norm, with a final norm; False: post-norm, as BERT has it
     embedding_norm: bool = False    # a norm on the sum of the embeddings (BERT)
-    pooler: bool = False            # tanh(dense(h)) between the encoder and the head (BERT)
+    pooling: str = "first"          # what the head sees: the "first" token's state, or the "mean" over the tokens
+    pooler: bool = False            # tanh(dense(h)) between that and the head (BERT)
     activation: str = "gelu"        # a key of ACTIVATIONS
     eps: float = 1e-5               # of the norms
     dropout: float = 0.0
@@ -159,10 +160,15 @@ class Transformer(nn.Module):
             return self.logits(self.decoder(decoder_input_ids, None, None, h, memory_mask))
         if self.classifier is None:
             return h
-        first = h[:, 0] if mask is None else h[torch.arange(len(h)), mask.int().argmax(1)]  # (B, D)
-        if self.pooler is not None:
-            first = torch.tanh(self.pooler(first))
-        return self.classifier(self.encoder.dropout(first))                               # (B, num_labels)
+        pooled = self.pool(h, torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask)
+        return self.classifier(self.encoder.dropout(pooled))                              # (B, num_labels)
+
+    def pool(self, h, mask):
+        if self.config.pooling == "mean":
+            pooled = (h * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)            # (B, D)
+        else:
+            pooled = h[torch.arange(len(h)), mask.int().argmax(1)]                        # (B, D)
+        return pooled if self.pooler is None else torch.tanh(self.pooler(pooled))
 
     def logits(self, h):
         return F.linear(h, self.decoder.tokens.weight)                                    # (B, L, V), tied weights

@@ -271,7 +271,7 @@ def embedded_tokenizer():
 
 EMBEDDED_TRAIN, EMBEDDED_TEST = 400, 2000  # sentences
 EMBEDDED_CONFIG = Config(vocab_size=len(vocabulary()), d_model=128, d_ff=512, heads=4, encoder_layers=4, max_length=20)
-PRETRAINING = {"steps": 2000, "batch_size": 128, "lr": 2e-3, "masked": 0.2, "sentences": 60_000, "seed": 0}
+PRETRAINING = {"steps": 2000, "batch_size": 128, "lr": 2e-3, "chosen": 0.2, "hidden": 0.8, "replaced": 0.1, "sentences": 60_000, "seed": 0}
 
 
 def pretrained_base(folder, device, bf16):
@@ -301,10 +301,10 @@ def pretrain(device, bf16):
     bar = tqdm(range(settings["steps"]), desc="pretraining the base", disable=None)
     for _, batch in zip(bar, batches):
         ids, _, mask, _ = collate([examples[i] for i in batch], 0, device)
-        chosen = (torch.rand(ids.shape, device=device) < settings["masked"]) & (ids > 3)  # words, not special tokens
+        chosen = (torch.rand(ids.shape, device=device) < settings["chosen"]) & (ids > 3)  # words, not special tokens
         dice = torch.rand(ids.shape, device=device)
-        shown = torch.where(chosen & (dice < 0.8), 3, ids)                                # 3: [MASK]
-        shown = torch.where(chosen & (dice > 0.9), torch.randint_like(ids, 4, vocab), shown)
+        shown = torch.where(chosen & (dice < settings["hidden"]), 3, ids)                                # 3: [MASK]
+        shown = torch.where(chosen & (dice > 1 - settings["replaced"]), torch.randint_like(ids, 4, vocab), shown)
         with precision(device, bf16):
             logits = F.linear(model(shown, mask)[chosen], model.encoder.tokens.weight)
             loss = F.cross_entropy(logits.float(), ids[chosen])
