@@ -201,7 +201,7 @@ def test_add_lora_targets():
     assert add_lora(net, 2, 4, targets="^(last|head)$") == [net.last, net.head]
     with pytest.raises(ValueError, match="already"):
         add_lora(net, 2, 4)
-    with pytest.raises(ValueError, match="'query'.*first, shared, last, head"):
+    with pytest.raises(ValueError, match="'query.*first, shared, last, head"):
         add_lora(Net(), 2, 4, targets="query")
 
 
@@ -314,6 +314,18 @@ def test_lora_sam_perturbs_only_params(batch):
     assert global_norm(eps.values()) == pytest.approx(0.3, rel=1e-10)
     assert not eps["head.weight"].any() and not eps["first.weight"].any()
     assert not torch.equal(net.head.weight, before["head.weight"])
+
+
+def test_parameters_outside_the_optimizer_start_from_zero_gradients(batch):
+    """The head is perturbed but not stepped: each step's eps is that of this step's gradient alone."""
+    def perturbation(steps):
+        net, seen = adapted(), []
+        net.head.requires_grad_(True)
+        optimizer = torch.optim.SGD(primary_parameters(net), lr=0.0)
+        for _ in range(steps):
+            lora_sam_step(optimizer, closure_of(net, batch, seen=seen), 0.3, [*net.head.parameters()])
+        return seen[-1]["head.weight"] - seen[-2]["head.weight"]
+    torch.testing.assert_close(perturbation(2), perturbation(1), **close)
 
 
 def test_perturbation_does_not_depend_on_the_loss_scale(batch):
@@ -523,10 +535,10 @@ def test_bilora_step_wants_an_ascending_group(batch):
     net = adapted(aux_rank=2)
     for params in (list(net.parameters()), primary_parameters(net)):
         optimizer = torch.optim.SGD(params, lr=0.1)
-        with pytest.raises(ValueError, match="maximize=True; of 6, 0 are"):
+        with pytest.raises(ValueError, match="maximize=True; 0 of 6 are"):
             bilora_step(optimizer, closure_of(net, batch), lora_layers(net), 0.1)
     net = adapted()
-    with pytest.raises(ValueError, match="of 0"):
+    with pytest.raises(ValueError, match="0 of 0"):
         bilora_step(bilora_optimizer(net, 0.1), closure_of(net, batch), lora_layers(net), 0.1)
 
 
