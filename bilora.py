@@ -28,7 +28,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 
 import torch
@@ -406,10 +405,11 @@ def load_adapter(model, folder, rename=None):
         if saved.get(key) != config[key]:
             raise ValueError(f"{settings}: {key} is {_brief(saved.get(key))}, the model's is "
                              f"{_brief(config[key])}")
-    try:
-        tensors = dict(torch.load(binary, map_location="cpu", weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{binary}: not a file of tensors ({type(error).__name__})") from None
+    with open(binary, "rb") as file:
+        try:
+            tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever a broken file makes the unpickler stumble over
+            raise ValueError(f"{binary}: not a file of tensors ({type(error).__name__})") from None
     for key in [*slots, *tensors]:
         if key not in tensors or key not in slots:
             raise ValueError(f"{binary}: {key} is {'unexpected' if key in tensors else 'missing'}")

@@ -270,13 +270,15 @@ def embedded_tokenizer():
 
 
 EMBEDDED_TRAIN, EMBEDDED_TEST = 400, 2000  # sentences
-EMBEDDED_CONFIG = Config(vocab_size=len(vocabulary()), d_model=128, d_ff=512, heads=4, encoder_layers=4, max_length=20)
-PRETRAINING = {"steps": 2000, "batch_size": 128, "lr": 2e-3, "chosen": 0.2, "hidden": 0.8, "replaced": 0.1, "sentences": 60_000, "seed": 0}
+EMBEDDED_CONFIG = Config(vocab_size=len(vocabulary()), d_model=128, d_ff=512, heads=4, encoder_layers=4, max_length=20,
+                         pooling="mean")
+PRETRAINING = {"steps": 2000, "batch_size": 128, "lr": 2e-3, "chosen": 0.4, "hidden": 0.4, "replaced": 0.4,
+               "sentences": 60_000, "seed": 0}
 
 
 def pretrained_base(folder, device, bf16):
     """State dict of the embedded task's base: read from the cache, or pretrained now and put there."""
-    settings = {"config": asdict(EMBEDDED_CONFIG), "vocabulary": vocabulary(), **PRETRAINING}
+    settings = {"config": asdict(EMBEDDED_CONFIG), "vocabulary": vocabulary(), "bf16": bf16, **PRETRAINING}
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     path = os.path.join(folder, f"pretrained-{key}.pt")
     if not os.path.exists(path):
@@ -288,7 +290,7 @@ def pretrained_base(folder, device, bf16):
 
 
 def pretrain(device, bf16):
-    """Masked-token denoising: of a fifth of the words, 80 % are hidden, 10 % replaced and 10 % kept; predict them."""
+    """Masked-token denoising: some words are chosen, each hidden, replaced by any word, or kept; predict them all."""
     settings, vocab = PRETRAINING, EMBEDDED_CONFIG.vocab_size
     rng, tokenizer = random.Random(settings["seed"]), embedded_tokenizer()
     rows = [((" ".join(sentence(rng)),), 0) for _ in range(settings["sentences"])]
@@ -403,10 +405,14 @@ def predict(model, task, examples, pad_id, device, bf16):
     return predictions
 
 
+def metric_name(metric, name, sets):
+    """Where there are several evaluation sets, a metric's name ends in its set's: accuracy_matched."""
+    return f"{metric}_{name.removeprefix('dev_')}" if len(sets) > 1 else metric
+
+
 def scores_of(task, predictions, sets):
-    """{metric: value} over {set: predictions}; where a task has several sets, a metric's name ends in its set's."""
-    return {metric + ("_" + name.removeprefix("dev_") if len(sets) > 1 else ""): value
-            for name, examples in sets.items()
+    """{metric: value} over {set: predictions}."""
+    return {metric_name(metric, name, sets): value for name, examples in sets.items()
             for metric, value in score(task, predictions[name], [label for *_, label in examples]).items()}
 
 
@@ -566,13 +572,15 @@ def load_embedded(args, task):
 
 
 def load_glue(args, task):
+    build = partial(Transformer.from_pretrained, args.model, num_labels=len(task.labels) or 1)
+    most = build().config.max_length
+    if args.max_length > most:
+        raise ValueError(f"--max-length is {args.max_length}; the model has {most} positions")
     tokenizer = load_tokenizer(args.model)
     pad_id = tokenizer.padding["pad_id"]
-    build = partial(Transformer.from_pretrained, args.model, num_labels=len(task.labels) or 1)
-    build()  # a bad checkpoint is found now, before anything is written
-    train_rows, *dev_rows = (read_tsv(task, os.path.join(args.data, name + ".tsv")) for name in ("train", *task.dev))
-    examples, sets = encode(tokenizer, train_rows, args.max_length), {
-        name: encode(tokenizer, rows, args.max_length) for name, rows in zip(task.dev, dev_rows)}
+    examples, *dev = (encode(tokenizer, read_tsv(task, os.path.join(args.data, name + ".tsv")), args.max_length)
+                      for name in ("train", *task.dev))
+    sets = dict(zip(task.dev, dev))
 
     def data(seed):
         some = examples
@@ -580,8 +588,7 @@ def load_glue(args, task):
             some = random.Random(f"limit-{seed}").sample(examples, args.limit)
         return add_label_noise(some, args.label_noise, len(task.labels), random.Random(f"noise-{seed}")), sets
 
-    suffix = "_" + task.dev[0].removeprefix("dev_") if len(task.dev) > 1 else ""
-    return Experiment(build, data, pad_id, task.metrics[0] + suffix)
+    return Experiment(build, data, pad_id, metric_name(task.metrics[0], task.dev[0], sets))
 
 
 def mean_stderr(values):
@@ -664,6 +671,15 @@ def number(kind, least, below=math.inf):
     return convert
 
 
+def device_name(text):
+    """An argparse type: the name of a device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, {str(error).splitlines()[0]}") from None
+    return text
+
+
 def parse_arguments(argv):
     parser = Parser(prog="train_glue.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("task")
@@ -687,7 +703,7 @@ def parse_arguments(argv):
     group.add_argument("--dropout", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
     group = parser.add_argument_group("run")
     group.add_argument("--seeds", type=number(int, 0), nargs="+", help="default: 0 1 2; embedded 0 1 2 3 4")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    group.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
     group.add_argument("--out", help="folder for the results (default: runs/TASK)")
     args = parser.parse_args(argv)
@@ -705,8 +721,6 @@ def parse_arguments(argv):
         parser.error(f"--task {args.task} needs --data DIR and --model DIR")
     if args.label_noise and not task.labels:
         parser.error("--label-noise needs a task with classes")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: no CUDA device here; expected cpu")
     return parser, args
 
 
@@ -715,6 +729,7 @@ def main(argv=None):
     task = TASKS[args.task]
     try:
         experiment = (load_embedded if args.task == "embedded" else load_glue)(args, task)
+        prepare(args, "bi-lora" if "bi-lora" in args.method else "lora", 0, experiment.build)  # do the ranks fit?
         os.makedirs(args.out, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -1,0 +1,210 @@
+"""Merging, and adapter files: what is kept is kept exactly, and what does not fit is refused by name.
+
+Oracles: W0 + s B A worked out in float64; equality of logits and of bits before and after.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+
+from bilora import add_lora, auxiliary_parameters, load_adapter, lora_layers, merge_lora_, primary_parameters, save_adapter
+from test_steps import Net, adapted, assert_same_bits, snapshot
+
+
+def prepared(seed=0, rank=2, alpha=6, aux_rank=2, head=True, targets=None):
+    """A float32 Net with adapters away from their initial values and a trainable head."""
+    torch.manual_seed(0)
+    net = Net()
+    add_lora(net, rank, alpha, aux_rank, targets)
+    net.head.requires_grad_(head)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in [*primary_parameters(net), *auxiliary_parameters(net), *net.head.parameters()]:
+            p.copy_(torch.randn_like(p))
+    return net.eval()
+
+
+# ------------------------------------------------------------------------------------------ merge
+
+
+def test_merge_in_float64():
+    net = adapted(aux_rank=2).eval()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    expected = {n: getattr(net, n).weight + 3.0 * getattr(net, n).lora_B @ getattr(net, n).lora_A
+                for n in ("first", "shared", "last")}
+    base, logits = {n: getattr(net, n).weight.clone() for n in expected}, net(x)
+    assert merge_lora_(net) is net and not lora_layers(net)
+    for name, W in expected.items():
+        layer = getattr(net, name)
+        assert type(layer) is nn.Linear and (layer.out_features, layer.in_features) == W.shape
+        assert (layer.weight - base[name]).norm() > 0.1  # there was something to merge
+        torch.testing.assert_close(layer.weight, W, rtol=1e-12, atol=1e-12, check_stride=False)
+    torch.testing.assert_close(net.train()(x), logits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merge_rounds_once(dtype):
+    """Half an ulp of W at most, and the float32 sum before it: several roundings would leave the bound."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 48)).to(dtype)
+    (layer,) = add_lora(net, 8, 16)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    exact = layer.weight.double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()
+    merge_lora_(net)
+    half_ulp = 2.0 ** torch.floor(torch.log2(exact.abs())) * torch.finfo(dtype).eps / 2
+    assert net[0].weight.dtype == dtype
+    assert ((net[0].weight.double() - exact).abs() <= half_ulp * (1 + 1e-3)).all()
+
+
+def test_merge_leaves_a_shared_base_weight_alone():
+    net = nn.ModuleDict({"a": nn.Linear(3, 3), "other": nn.Linear(3, 3)})
+    net["b"], net["other"].weight = net["a"], net["a"].weight
+    W = net["a"].weight.detach().clone()
+    add_lora(net, 2, 4, targets="^[ab]$")
+    with torch.no_grad():
+        net["a"].lora_B.normal_()
+    merge_lora_(net)
+    assert net["a"] is net["b"] and torch.equal(net["other"].weight, W) and not torch.equal(net["a"].weight, W)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_round_trip_in_a_fresh_process(tmp_path):
+    """Another Python process, which knows the base alone, gives the same logits, head included."""
+    net, x = prepared(), torch.arange(12.0).view(2, 6) / 10
+    save_adapter(net, tmp_path)
+    script = ("import torch; from test_adapter import *; net = prepared(seed=5); x = torch.arange(12.0).view(2, 6) / 10\n"
+              f"before = net(x); load_adapter(net, {str(tmp_path)!r})\n"
+              "assert not torch.equal(before, net(x)); print(net(x).tolist())")
+    folders = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": folders})
+    assert run.returncode == 0, run.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(run.stdout)), net(x), rtol=1e-6, atol=1e-7)
+
+
+def test_file_layout(tmp_path):
+    net = prepared()
+    save_adapter(net, tmp_path, rename={"first": "model.query", "head": "model.score"})
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.bin"]
+    tensors = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+    names = {"model.query": net.first, "shared": net.shared, "last": net.last}
+    assert tensors.keys() == {f"base_model.model.{name}.lora_{f}.weight" for name in names for f in "AB"} | {
+        f"base_model.model.model.score.{p}" for p in ("weight", "bias")}
+    for name, layer in names.items():
+        assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], layer.lora_A)
+        assert torch.equal(tensors[f"base_model.model.{name}.lora_B.weight"], layer.lora_B)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 6)
+    assert config["target_modules"] == ["last", "model.query", "shared"]
+    assert config["modules_to_save"] == ["model.score"]
+    other = prepared(seed=5)
+    load_adapter(other, tmp_path, rename=lambda n: {"first": "model.query", "head": "model.score"}.get(n, n))
+    assert_same_bits(other.head, snapshot(net.head))
+
+
+def test_auxiliary_pairs_are_not_kept(tmp_path):
+    """An adapter trained with an auxiliary pair loads into a model without one, and changes none it finds."""
+    net = prepared(aux_rank=2)
+    save_adapter(net, tmp_path)
+    plain, other = prepared(seed=5, aux_rank=0), prepared(seed=5)
+    auxiliary = [p.detach().clone() for p in auxiliary_parameters(other)]
+    for model in (plain, other):
+        load_adapter(model, tmp_path)
+        assert all(torch.equal(p, q) for p, q in zip(primary_parameters(model), primary_parameters(net)))
+    assert all(torch.equal(p, q) for p, q in zip(auxiliary_parameters(other), auxiliary))
+
+
+def test_base_in_another_dtype_is_the_same_base(tmp_path):
+    net = prepared(head=False)
+    for layer in lora_layers(net):
+        layer.weight = nn.Parameter(layer.weight.bfloat16(), requires_grad=False)
+    save_adapter(net, tmp_path)
+    load_adapter(prepared(seed=5, head=False), tmp_path)
+
+
+def other_base():
+    net = prepared()
+    with torch.no_grad():
+        net.shared.weight[1, 2] += 0.1
+    return net
+
+
+def drop(name):
+    def edit(tensors):
+        del tensors[f"base_model.model.{name}"]
+    return edit
+
+
+def put(name, value):
+    def edit(tensors):
+        tensors[f"base_model.model.{name}"] = value
+    return edit
+
+
+@pytest.mark.parametrize("make, edit, message", [
+    (other_base, None, "base_fingerprint is"),
+    (lambda: prepared(rank=3), None, "r is 2, the model's is 3"),
+    (lambda: prepared(alpha=7), None, "lora_alpha is 6, the model's is 7"),
+    (lambda: prepared(targets="first|last"), None, "target_modules is"),
+    (prepared, drop("last.lora_B.weight"), "last.lora_B.weight is missing"),
+    (prepared, drop("head.bias"), "head.bias is missing"),
+    (lambda: prepared(head=False), None, "head.weight is unexpected"),
+    (prepared, put("first.weight", torch.zeros(5, 6)), "first.weight is unexpected"),
+    (prepared, put("last.aux_A.weight", torch.zeros(2, 5)), "last.aux_A.weight is unexpected"),
+    (prepared, put("last.lora_B.weight", torch.zeros(4, 3)), "last.lora_B.weight has shape"),
+    (prepared, put("last.lora_B.weight", 3.0), "last.lora_B.weight has shape None"),
+])
+def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path, make, edit, message):
+    save_adapter(prepared(seed=5), tmp_path)
+    if edit:
+        tensors = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+        edit(tensors)
+        torch.save(tensors, tmp_path / "adapter_model.bin")
+    net = make()
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_adapter(net, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert_same_bits(net, before)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin"])
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\x80\x04.", b"PK\x03\x04 not really"])
+def test_broken_files(tmp_path, name, content):
+    net = prepared()
+    save_adapter(net, tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        load_adapter(net, tmp_path)
+
+
+def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
+    save_adapter(prepared(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(tensors, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        save_adapter(prepared(seed=5), tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_models_without_adapters():
+    for call in (save_adapter, load_adapter):
+        with pytest.raises(ValueError, match="no LoRA adapters"):
+            call(Net(), "nowhere")
+    assert math.isfinite(merge_lora_(Net())(torch.ones(1, 6)).sum().item())

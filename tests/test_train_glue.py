@@ -1,0 +1,433 @@
+"""The GLUE script: its data, batches, scores and runs.
+
+Oracles: a recogniser of the embedded language written here from the rules, not from the generator; a bag-of-words
+classifier; scores worked out by hand and by numpy; GLUE's published row counts (with GLUE_DATA set).  Runs are made
+in-process on a tiny random BERT folder.
+"""
+
+import json
+import math
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import train_glue
+from bilora import add_lora, load_adapter
+from model import Transformer
+from test_model import BERT, bert, write_checkpoint
+from train_glue import (METHODS, TASKS, add_label_noise, batch_order, collate, cosine_schedule, embedded_rows,
+                        embedded_tokenizer, encode, inflected, main, read_tsv, score, sentence, vocabulary)
+
+# ------------------------------------------------------------------------------------------ the embedded language
+
+
+def lexicon():
+    words = {"that": {("that",)}}
+    add = lambda word, *entry: words.setdefault(word, set()).add(entry)
+    for animacy, text in train_glue.NOUNS.items():
+        for forms in inflected(text):
+            for number in (0, 1):
+                add(forms[number], "noun", animacy, number)
+    for number, text in train_glue.DETERMINERS.items():
+        for word in text.split():
+            add(word, "det", number)
+    for animacy, text in train_glue.ADJECTIVES.items():
+        for word in text.split():
+            add(word, "adj", animacy)
+    for text, kind in ((train_glue.PREPOSITIONS, "prep"), (train_glue.ADVERBS, "adv")):
+        for word in text.split():
+            add(word, kind)
+    for frame, (subject, follows, verbs) in train_glue.VERBS.items():
+        for forms in inflected(verbs):
+            for number in (0, 1):
+                add(forms[number], "verb", subject, follows, number)
+    return words
+
+
+class Recogniser:
+    """Is a list of words a clause?  All ways of reading it, by recursive descent, to any depth."""
+
+    def __init__(self):
+        self.lexicon = lexicon()
+
+    def accepts(self, words):
+        self.words = words
+        return len(words) in self.clause(0)
+
+    def word(self, i, kind):
+        entries = self.lexicon.get(self.words[i], ()) if i < len(self.words) else ()
+        return [entry[1:] for entry in entries if entry[0] == kind]
+
+    def clause(self, i):
+        return {end for j, animacy, number in self.noun_phrase(i) for end in self.verb_phrase(j, animacy, number)}
+
+    def noun_phrase(self, i):
+        for (number,) in self.word(i, "det"):
+            for j, wanted in [(i + 1, "any")] + [(i + 2, a) for (a,) in self.word(i + 1, "adj")]:
+                for animacy, noun_number in self.word(j, "noun"):
+                    if noun_number == number and wanted in ("any", animacy):
+                        for end in {j + 1} | self.modifier(j + 1, animacy, number):
+                            yield end, animacy, number
+
+    def modifier(self, i, animacy, number):
+        ends = {end for _ in self.word(i, "prep") for end, *_ in self.noun_phrase(i + 1)}
+        for _ in self.word(i, "that"):
+            ends |= set(self.verb_phrase(i + 1, animacy, number))
+            for j, subject, inner in self.noun_phrase(i + 1):
+                ends |= set(self.verb_phrase(j, subject, inner, gap=animacy))
+        return ends
+
+    def verb_phrase(self, i, animacy, number, gap=None):
+        for j in [i] + [i + 1 for _ in self.word(i, "adv")]:
+            for subject, follows, verb_number in self.word(j, "verb"):
+                if subject not in ("any", animacy) or verb_number != number:
+                    continue
+                if gap:
+                    yield from [j + 1] if follows in ("any", gap) else []
+                elif follows is None:
+                    yield j + 1
+                elif follows == "clause":
+                    yield from {end for _ in self.word(j + 1, "that") for end in self.clause(j + 2)}
+                else:
+                    yield from (end for end, what, _ in self.noun_phrase(j + 1) if follows in ("any", what))
+
+
+def test_labels_of_the_embedded_language():
+    recogniser, kinds = Recogniser(), {"word": 0, "exchange": 0}
+    for seed in range(3000):
+        good, bad = sentence(random.Random(seed)), sentence(random.Random(seed), acceptable=False)
+        assert recogniser.accepts(good), " ".join(good)
+        assert not recogniser.accepts(bad), " ".join(bad)
+        where = [i for i, (a, b) in enumerate(zip(good, bad)) if a != b]
+        assert len(good) == len(bad)
+        if len(where) == 1:
+            kinds["word"] += 1
+        else:  # one exchange of neighbours
+            i, j = where
+            assert j == i + 1 and (good[i], good[j]) == (bad[j], bad[i])
+            kinds["exchange"] += 1
+    assert min(kinds.values()) > 500
+    assert 100 <= len(vocabulary()) - 4 <= 200
+
+
+def test_bag_of_words_stays_under_60_percent():
+    index = {word: i for i, word in enumerate(vocabulary())}
+
+    def counts(split, size):
+        rows = embedded_rows(0, split, size)
+        x = torch.zeros(size, len(index))
+        for i, ((text,), _) in enumerate(rows):
+            for word in text.split():
+                x[i, index[word]] += 1
+        return x, torch.tensor([float(label) for _, label in rows])
+
+    (x, y), (test_x, test_y) = counts("train", 8000), counts("test", 3000)
+    w = torch.zeros(len(index), requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x @ w, y) + 1e-4 * w.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    accuracy = ((test_x @ w > 0) == (test_y > 0.5)).float().mean().item()
+    assert accuracy < 0.60
+    assert ((x @ w > 0) == (y > 0.5)).float().mean() > 0.53  # it did learn something of its training set
+
+
+def test_embedded_rows():
+    rows = embedded_rows(3, "train", 400)
+    assert rows == embedded_rows(3, "train", 400) and sum(label for _, label in rows) == 200
+    texts = [{text for text, _ in embedded_rows(seed, split, 400)} for seed in (3, 4) for split in ("train", "test")]
+    assert all(len(a & b) < 40 for i, a in enumerate(texts) for b in texts[:i])  # another stream each
+    ids, types, label = encode(embedded_tokenizer(), rows, 20)[5]
+    words = rows[5][0][0].split()
+    assert [vocabulary()[i] for i in ids] == ["[CLS]", *words, "[SEP]"] and label == 1
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+
+
+def test_read_tsv(tmp_path):
+    path = write(tmp_path / "a.tsv", "\ufeff" + MRPC + '1\t7\t8\tHe said "no.\tA b\n0\t7\t8\tc\td\r\n')
+    assert read_tsv(TASKS["mrpc"], path) == [(('He said "no.', "A b"), 1), (("c", "d"), 0)]
+    path = write(tmp_path / "b.tsv", "gj04\t1\t\tOne.\ngj04\t0\t*\tTwo two.\n")
+    assert read_tsv(TASKS["cola"], path) == [(("One.",), 1), (("Two two.",), 0)]
+    path = write(tmp_path / "c.tsv", "sentence1\tsentence2\tscore\na\tb\t3.25\n")
+    assert read_tsv(TASKS["stsb"], path) == [(("a", "b"), 3.25)]
+    path = write(tmp_path / "d.tsv", "question1\tquestion2\tis_duplicate\na\tb\t1\nbroken\n")
+    assert read_tsv(TASKS["qqp"], path) == [(("a", "b"), 1)]
+
+
+@pytest.mark.parametrize("task, text, message", [
+    ("mrpc", MRPC + "1\t7\t8\ta\tb\n1\t7\t8\ta\n", "line 3: 4 fields, expected at least 5"),
+    ("mrpc", MRPC + "2\t7\t8\ta\tb\n", "line 2: label '2', expected one of 0, 1"),
+    ("mrpc", "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t7\t8\ta\tb\n", "line 1: no column 'Quality'"),
+    ("mrpc", MRPC, "no rows"), ("mrpc", "", "line 1: no column"), ("cola", "", "no rows"),
+    ("cola", "gj04\t-1\t\tOne.\n", "line 1: label '-1'"),
+    ("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tneutral\n", "line 2: label 'neutral', expected one of entail"),
+    ("stsb", "sentence1\tsentence2\tscore\na\tb\t5.5\n", "line 2: score '5.5'"),
+    ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", "line 2: score 'nan'"),
+])
+def test_bad_rows_are_named(tmp_path, task, text, message):
+    path = write(tmp_path / "bad.tsv", text)
+    with pytest.raises(ValueError) as caught:
+        read_tsv(TASKS[task], path)
+    assert message in str(caught.value) and str(caught.value).startswith(path)
+
+
+@pytest.mark.skipif("GLUE_DATA" not in os.environ, reason="GLUE_DATA is not set to a folder with GLUE's TSV files")
+@pytest.mark.parametrize("task, folder, train, counts", [
+    ("mrpc", "MRPC", 3668, [129, 279]), ("cola", "CoLA", 8551, [322, 721]), ("sst2", "SST-2", 67349, [428, 444])])
+def test_published_row_counts(task, folder, train, counts):
+    folder = os.path.join(os.environ["GLUE_DATA"], folder)
+    rows = read_tsv(TASKS[task], os.path.join(folder, "dev.tsv"))
+    assert [sum(label == c for _, label in rows) for c in (0, 1)] == counts
+    assert len(read_tsv(TASKS[task], os.path.join(folder, "train.tsv"))) == train
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def examples_of(lengths):
+    return [([5] * n, [0] * n, n % 2) for n in lengths]
+
+
+def test_batches_are_a_partition_of_similar_lengths():
+    rng = random.Random(0)
+    examples = examples_of([rng.randint(3, 60) for _ in range(501)])
+    batches = batch_order(examples, 16, random.Random(1))
+    assert sorted(i for batch in batches for i in batch) == list(range(501))
+    assert sorted(map(len, batches))[1:] == [16] * 31 and len(batches) == 32
+    spread = [max(len(examples[i][0]) for i in b) - min(len(examples[i][0]) for i in b) for b in batches]
+    assert sum(spread) / len(spread) < 8  # 57 for random batches
+    again, other = batch_order(examples, 16, random.Random(1)), batch_order(examples, 16, random.Random(2))
+    assert batches == again != other
+
+
+def test_collate():
+    ids, types, mask, labels = collate([([1, 2, 3], [0, 0, 1], 1), ([4], [0], 0)], 9, torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 3], [4, 9, 9]] and types.tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]] and labels.tolist() == [1, 0]
+
+
+def test_truncation():
+    rows = embedded_rows(0, "train", 4)
+    assert all(len(ids) <= 5 for ids, *_ in encode(embedded_tokenizer(), rows, 5))
+    with pytest.raises(ValueError, match="--max-length is 2; expected more than the 2"):
+        encode(embedded_tokenizer(), rows, 2)
+
+
+def test_label_noise():
+    examples = [([i], [0], i % 3) for i in range(200)]
+    noisy = add_label_noise(examples, 0.1, 3, random.Random(0))
+    changed = [i for i in range(200) if noisy[i][2] != examples[i][2]]
+    assert len(changed) == 20 and {noisy[i][2] for i in changed} == {0, 1, 2}
+    assert noisy == add_label_noise(examples, 0.1, 3, random.Random(0)) and examples[0][2] == 0
+    assert add_label_noise(examples, 0.0, 3, random.Random(0)) == examples
+
+
+def test_schedule_is_linear_then_half_a_cosine():
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 2.0}, {"params": [torch.zeros(1)], "lr": 1.0}])
+    schedule, factors = cosine_schedule(optimizer, 100), []
+    for _ in range(100):
+        first, second = schedule.get_last_lr()
+        assert first == 2 * second
+        factors.append(second)
+        optimizer.step()
+        schedule.step()
+    expected = [(t + 1) / 3 if t < 3 else 0.5 * (1 + math.cos(math.pi * (t - 3) / 97)) for t in range(100)]
+    assert factors == pytest.approx(expected, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+
+def test_scores_by_hand_and_by_numpy():
+    p, y = [1, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 0]  # tp 2, fp 2, fn 1, tn 1
+    assert score(TASKS["mrpc"], p, y) == {"accuracy": 0.5, "f1": pytest.approx(4 / 7)}
+    assert score(TASKS["cola"], p, y)["matthews"] == pytest.approx(np.corrcoef(p, y)[0, 1])
+    a, b = [1.0, 2.5, 2.5, 4.0], [0.0, 3.0, 1.0, 2.0]
+    ranks = [1, 2.5, 2.5, 4], [1, 4, 2, 3]
+    found = score(TASKS["stsb"], a, b)
+    assert found == {"pearson": pytest.approx(np.corrcoef(a, b)[0, 1]), "spearman": pytest.approx(np.corrcoef(*ranks)[0, 1])}
+
+
+def test_one_class_predictions_score_zero():
+    assert score(TASKS["cola"], [1, 1, 1], [1, 0, 1]) == {"matthews": 0.0, "accuracy": pytest.approx(2 / 3)}
+    assert score(TASKS["mrpc"], [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
+    assert score(TASKS["stsb"], [1.0, 1.0], [0.0, 5.0]) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_summary_pairs_the_seeds():
+    runs = [{"method": m, "seed": s, "metrics": {"accuracy": a}} for m, s, a in
+            [("lora", 0, 0.5), ("lora", 1, 0.7), ("bi-lora", 0, 0.6), ("bi-lora", 1, 0.9), ("bi-lora", 2, 0.1)]]
+    summary, differences = train_glue.summarize(runs)
+    assert summary["lora"]["accuracy"] == {"mean": pytest.approx(0.6), "stderr": pytest.approx(0.1), "n": 2}
+    assert differences == {"bi-lora": {"accuracy": {"mean": pytest.approx(0.15), "stderr": pytest.approx(0.05), "n": 2}}}
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnop"]
+
+
+@pytest.fixture
+def glue_folder(tmp_path, monkeypatch):
+    """A folder with a tiny BERT, its tokenizer, and MRPC files whose label is whether the two sentences are equal."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    for name in ("bert", "data"):
+        (tmp_path / name).mkdir()
+    write_checkpoint(tmp_path / "bert", bert(), BERT)
+    tokenizer.save(str(tmp_path / "bert" / "tokenizer.json"))
+    rng = random.Random(0)
+    for name, size in (("train", 21), ("dev", 10)):
+        rows = []
+        for i in range(size):
+            words = rng.choices(WORDS[4:], k=rng.randint(2, 4))
+            rows.append(f"{i % 2}\t1\t2\t{' '.join(words)}\t{' '.join(words if i % 2 else words[::-1])}\n")
+        write(tmp_path / "data" / f"{name}.tsv", MRPC + "".join(rows))
+    return tmp_path
+
+
+RUN = ["--task", "mrpc", "--data", "data", "--model", "bert", "--rank", "2", "--aux-rank", "3", "--batch-size", "8",
+       "--epochs", "2", "--max-length", "12", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_each_method(glue_folder, method, capsys):
+    report = main([*RUN, "--method", method, "--seeds", "0", "1", "--out", "out", "--rho", "0.02", "0.03"])
+    (task_line, parameters, *_) = capsys.readouterr().out.splitlines()
+    adapted = 2 * (4 * 2 * (16 + 16) + 2 * (16 + 32) * 2) + 2 * (16 + 16)  # 2 blocks of q, k, v, o, up, down; the pooler
+    auxiliary = adapted * 3 // 2 if method == "bi-lora" else 0
+    assert report == json.loads((glue_folder / "out/metrics.json").read_text())
+    assert report["summary"][method]["accuracy"]["n"] == 2 and report["majority"].keys() == {"accuracy", "f1"}
+    for run in report["results"]:
+        folder = glue_folder / "out" / f"{method}-seed{run['seed']}"
+        assert {path.name for path in folder.iterdir()} == {"config.json", "log.jsonl", "adapter_config.json",
+                                                            "adapter_model.bin", "metrics.json", "curves.png"}
+        assert json.loads((folder / "metrics.json").read_text()) == run
+        assert run["parameters"] == {"primary": adapted, "auxiliary": auxiliary, "head": 2 * 16 + 2}
+        assert run["metrics"].keys() == {"accuracy", "f1", "best_accuracy", "best_f1"}
+        assert run["metrics"]["best_accuracy"] == max(e["accuracy"] for e in run["epochs"])
+        assert run["step_seconds"] > 0 and run["peak_memory_bytes"] > 2**20
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6] and all(math.isfinite(row["loss"]) for row in log)
+        norms = [row["perturbation"] for row in log]
+        if method == "lora":
+            assert norms == [0] * 6
+        elif method == "lora-sam":
+            assert norms == pytest.approx([0.02] * 6, rel=1e-3)  # read off float32 weights
+        else:
+            assert 0 < norms[0] and max(norms) <= 0.03 * (1 + 1e-5)
+            assert [row["clipped"] for row in log] == [norm > 0.03 * (1 - 1e-5) for norm in norms]
+        torch.manual_seed(0)
+        model = Transformer.from_pretrained(glue_folder / "bert", num_labels=2)
+        add_lora(model, 2, 16)
+        model.classifier.requires_grad_(True)
+        load_adapter(model, folder)  # what was trained loads into the base
+        assert model.encoder.blocks[0].attention.q.lora_B.any()
+
+
+def test_the_methods_of_a_seed_are_paired(glue_folder):
+    """Fresh adapters change nothing, so the first batch's loss is the same; other seeds differ; a rerun repeats."""
+    report = main([*RUN, "--seeds", "0", "1", "--out", "out", "--bf16", "--micro-batch", "3"])
+
+    def first_loss(method, seed):
+        return json.loads((glue_folder / "out" / f"{method}-seed{seed}" / "log.jsonl").read_text().splitlines()[0])["loss"]
+    for seed in (0, 1):
+        assert first_loss("lora", seed) == first_loss("lora-sam", seed) == first_loss("bi-lora", seed)
+    assert first_loss("lora", 0) != first_loss("lora", 1)
+    assert set(report["difference_to_lora"]) == {"lora-sam", "bi-lora"}
+    again = main([*RUN, "--seeds", "0", "1", "--out", "again", "--bf16", "--micro-batch", "3"])
+    for a, b in zip(report["results"], again["results"]):
+        assert a["epochs"] == b["epochs"]
+
+
+def test_limit_and_noise(glue_folder):
+    report = main([*RUN, "--method", "lora", "--seeds", "0", "--limit", "9", "--label-noise", "0.2", "--epochs", "1"])
+    assert (glue_folder / "runs/mrpc/lora-seed0/log.jsonl").read_text().count("\n") == 2 and report["config"]["limit"] == 9
+
+
+def test_two_development_sets(glue_folder):
+    header = "sentence1\tsentence2\tgold_label\n"
+    for name, label in (("train", "neutral"), ("dev_matched", "entailment"), ("dev_mismatched", "neutral")):
+        write(glue_folder / "data" / f"{name}.tsv", header + f"a b\tc\t{label}\n" * 8)
+    report = main(["--task", "mnli", *RUN[2:], "--method", "lora", "--seeds", "0", "--out", "out"])
+    assert report["majority"] == {"accuracy_matched": 0.0, "accuracy_mismatched": 1.0}
+    assert report["results"][0]["metrics"].keys() == {
+        f"{best}accuracy_{name}" for best in ("", "best_") for name in ("matched", "mismatched")}
+    assert report["results"][0]["one_class"]
+
+
+def test_regression(glue_folder):
+    rows = "".join(f"a {w}\tb\t{i / 2}\n" for i, w in enumerate("abcdefg"))
+    for name in ("train", "dev"):
+        write(glue_folder / "data" / f"{name}.tsv", "sentence1\tsentence2\tscore\n" + rows)
+    report = main(["--task", "stsb", *RUN[2:], "--method", "bi-lora", "--seeds", "0", "--out", "out"])
+    assert report["results"][0]["metrics"].keys() == {"pearson", "spearman", "best_pearson", "best_spearman"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_embedded_task(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_glue.PRETRAINING, "steps", 2)
+    monkeypatch.setitem(train_glue.PRETRAINING, "sentences", 300)
+    monkeypatch.setattr(train_glue, "EMBEDDED_TEST", 50)
+    report = main(["--method", method, "--seeds", "0", "--limit", "40", "--epochs", "1", "--device", "cpu"])
+    (cache,) = (tmp_path / "runs").glob("pretrained-*.pt")
+    assert report["task"] == "embedded" and (tmp_path / "runs/embedded/curves.png").stat().st_size > 5000
+    assert report["majority"] == {"accuracy": 0.5}
+    stamp = cache.stat().st_mtime_ns
+    again = main(["--method", method, "--seeds", "0", "--limit", "40", "--epochs", "1", "--device", "cpu"])
+    assert cache.stat().st_mtime_ns == stamp and again["results"][0]["metrics"] == report["results"][0]["metrics"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--data", "nowhere"], "nowhere/train.tsv"), (["--model", "nowhere"], "nowhere: no such folder"),
+    (["--task", "cola"], "data/train.tsv, line 1: label"), (["--rho", "-1"], "--rho: '-1', expected float >= 0"),
+    (["--rho", "0.1", "0.2", "0.3"], "--rho has 3 values"), (["--epochs", "0"], "--epochs: '0', expected int >= 1"),
+    (["--rank", "two"], "--rank: 'two'"), (["--label-noise", "1"], "expected float >= 0 and < 1"),
+    (["--method", "sam"], "invalid choice: 'sam'"), (["--max-length", "3"], "--max-length is 3"),
+    (["--max-length", "13"], "--max-length is 13; the model has 12 positions"), (["--rank", "17"], "rank is 17"),
+    (["--device", "cuda:9"], "cuda:9"), (["--device", "abacus"], "abacus"), (["--out", "bert/config.json"], "config.json"),
+    (["--task", "stsb", "--label-noise", "0.1"], "--label-noise needs"), (["--lr", "nan"], "--lr: 'nan'"),
+])
+def test_wrong_input_is_one_line_and_exit_code_2(glue_folder, capsys, change, message):
+    before = sorted(glue_folder.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        main([*RUN, *change])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and message in error
+    assert sorted(glue_folder.rglob("*")) == before
+
+
+def test_missing_arguments(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--task", "mrpc", "--data", "data"])
+    assert caught.value.code == 2 and "needs --data DIR and --model DIR" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_by_name(glue_folder, monkeypatch):
+    monkeypatch.setattr(train_glue.F, "cross_entropy", lambda logits, labels: logits.sum() * math.nan)
+    with pytest.raises(SystemExit, match="bi-lora, seed 3: .*step 1.*loss is nan"):
+        main([*RUN, "--method", "bi-lora", "--seeds", "3"])
