@@ -272,35 +272,34 @@ def embedded_tokenizer():
 EMBEDDED_TRAIN, EMBEDDED_TEST = 400, 2000  # sentences
 EMBEDDED_CONFIG = Config(vocab_size=len(vocabulary()), d_model=128, d_ff=512, heads=4, encoder_layers=4, max_length=20,
                          pooling="mean")
-PRETRAINING = {"steps": 2000, "batch_size": 128, "lr": 2e-3, "chosen": 0.4, "hidden": 0.4, "replaced": 0.4,
-               "sentences": 60_000, "seed": 0}
+PRETRAINING = {"batch_size": 128, "lr": 2e-3, "chosen": 0.4, "hidden": 0.4, "replaced": 0.4, "sentences": 60_000}
 
 
-def pretrained_base(folder, device, bf16):
+def pretrained_base(folder, steps, device, bf16):
     """State dict of the embedded task's base: read from the cache, or pretrained now and put there."""
-    settings = {"config": asdict(EMBEDDED_CONFIG), "vocabulary": vocabulary(), "bf16": bf16, **PRETRAINING}
+    language = [sentence(random.Random(i)) for i in range(50)]  # another grammar, another base
+    settings = [asdict(EMBEDDED_CONFIG), PRETRAINING, steps, bf16, vocabulary(), language]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     path = os.path.join(folder, f"pretrained-{key}.pt")
     if not os.path.exists(path):
-        state = pretrain(device, bf16)
+        state = pretrain(steps, device, bf16)
         os.makedirs(folder, exist_ok=True)
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def pretrain(device, bf16):
+def pretrain(steps, device, bf16):
     """Masked-token denoising: some words are chosen, each hidden, replaced by any word, or kept; predict them all."""
-    settings, vocab = PRETRAINING, EMBEDDED_CONFIG.vocab_size
-    rng, tokenizer = random.Random(settings["seed"]), embedded_tokenizer()
+    settings, vocab, rng = PRETRAINING, EMBEDDED_CONFIG.vocab_size, random.Random(0)
     rows = [((" ".join(sentence(rng)),), 0) for _ in range(settings["sentences"])]
-    examples = encode(tokenizer, rows, EMBEDDED_CONFIG.max_length)
-    torch.manual_seed(settings["seed"])
+    examples = encode(embedded_tokenizer(), rows, EMBEDDED_CONFIG.max_length)
+    torch.manual_seed(0)
     model = Transformer(EMBEDDED_CONFIG).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=0.01, fused=True)
-    schedule = cosine_schedule(optimizer, settings["steps"], warmup=0.05)
+    schedule = cosine_schedule(optimizer, steps, warmup=0.05)
     batches = (batch for epoch in range(10**6) for batch in batch_order(examples, settings["batch_size"], rng))
-    bar = tqdm(range(settings["steps"]), desc="pretraining the base", disable=None)
+    bar = tqdm(range(steps), desc="pretraining the base", disable=None)
     for _, batch in zip(bar, batches):
         ids, _, mask, _ = collate([examples[i] for i in batch], 0, device)
         chosen = (torch.rand(ids.shape, device=device) < settings["chosen"]) & (ids > 3)  # words, not special tokens
@@ -556,7 +555,8 @@ class Experiment:
 
 
 def load_embedded(args, task):
-    tokenizer, state = embedded_tokenizer(), pretrained_base("runs", torch.device(args.device), args.bf16)
+    tokenizer = embedded_tokenizer()
+    state = pretrained_base("runs", args.pretraining_steps, torch.device(args.device), args.bf16)
 
     def build():
         model = Transformer(replace(EMBEDDED_CONFIG, num_labels=2))
@@ -688,6 +688,8 @@ def parse_arguments(argv):
     group.add_argument("--model", help="folder with config.json, model.safetensors and tokenizer.json")
     group.add_argument("--limit", type=number(int, 1), help=f"training examples, drawn per seed (default: all; embedded {EMBEDDED_TRAIN})")
     group.add_argument("--label-noise", type=number(float, 0, 1), help="fraction of training labels replaced (default: 0; embedded 0.1)")
+    group.add_argument("--pretraining-steps", type=number(int, 0), default=2000,
+                       help="of the embedded task's base; 0: a random base (default: %(default)s)")
     group.add_argument("--max-length", type=number(int, 1), default=256, help="tokens a row (default: %(default)s)")
     group = parser.add_argument_group("method; where no default is shown it is the paper's for the task")
     group.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all three")

@@ -390,16 +390,18 @@ def test_regression(glue_folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_embedded_task(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train_glue.PRETRAINING, "steps", 2)
     monkeypatch.setitem(train_glue.PRETRAINING, "sentences", 300)
     monkeypatch.setattr(train_glue, "EMBEDDED_TEST", 50)
-    report = main(["--method", method, "--seeds", "0", "--limit", "40", "--epochs", "1", "--device", "cpu"])
+    run = ["--method", method, "--seeds", "0", "--limit", "40", "--epochs", "1", "--device", "cpu", "--pretraining-steps", "2"]
+    report = main(run)
     (cache,) = (tmp_path / "runs").glob("pretrained-*.pt")
     assert report["task"] == "embedded" and (tmp_path / "runs/embedded/curves.png").stat().st_size > 5000
     assert report["majority"] == {"accuracy": 0.5}
     stamp = cache.stat().st_mtime_ns
-    again = main(["--method", method, "--seeds", "0", "--limit", "40", "--epochs", "1", "--device", "cpu"])
+    again = main(run)
     assert cache.stat().st_mtime_ns == stamp and again["results"][0]["metrics"] == report["results"][0]["metrics"]
+    main([*run[:-1], "3"])
+    assert len(list((tmp_path / "runs").glob("pretrained-*.pt"))) == 2  # other settings, another base
 
 
 @pytest.mark.parametrize("change, message", [
