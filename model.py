@@ -194,7 +194,7 @@ class Transformer(nn.Module):
             tensors["classifier.bias"] = torch.zeros(num_labels)
         expected = model.state_dict()
         unused = {key for key in tensors if key not in expected and re.match(r"(pooler|classifier)\.", key)}
-        for key in expected.keys() | (tensors.keys() - unused):
+        for key in sorted(expected.keys() | (tensors.keys() - unused)):
             if key not in tensors or key not in expected:
                 raise ValueError(f"{path}: {key} is {'missing' if key not in tensors else 'unexpected'}")
             if tensors[key].shape != expected[key].shape:

@@ -316,6 +316,13 @@ def test_lora_sam_perturbs_only_params(batch):
     assert not torch.equal(net.head.weight, before["head.weight"])
 
 
+def test_a_parameter_given_twice_is_perturbed_once(batch):
+    net, seen = adapted(), []
+    params = primary_parameters(net)
+    lora_sam_step(torch.optim.SGD(params, lr=0.0), closure_of(net, batch, seen=seen), 0.3, params + params[:2])
+    assert global_norm(seen[1][name] - seen[0][name] for name in seen[0]) == pytest.approx(0.3, rel=1e-10)
+
+
 def test_parameters_outside_the_optimizer_start_from_zero_gradients(batch):
     """The head is perturbed but not stepped: each step's eps is that of this step's gradient alone."""
     def perturbation(steps):

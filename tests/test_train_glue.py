@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from bilora import add_lora, load_adapter
 from model import Transformer
 from test_model import BERT, bert, write_checkpoint
 from train_glue import (METHODS, TASKS, add_label_noise, batch_order, collate, cosine_schedule, embedded_rows,
-                        embedded_tokenizer, encode, inflected, main, read_tsv, score, sentence, vocabulary)
+                        embedded_tokenizer, encode, forward_backward, inflected, main, read_tsv, score, sentence, vocabulary)
 
 # ------------------------------------------------------------------------------------------ the embedded language
 
@@ -224,6 +225,22 @@ def test_collate():
     ids, types, mask, labels = collate([([1, 2, 3], [0, 0, 1], 1), ([4], [0], 0)], 9, torch.device("cpu"))
     assert ids.tolist() == [[1, 2, 3], [4, 9, 9]] and types.tolist() == [[0, 0, 1], [0, 0, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]] and labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("task", ["mrpc", "stsb"])
+def test_micro_batches_add_up_to_the_batch(task):
+    """The mean over seven rows, in parts of 3, 3 and 1, and its gradient: torch's own mean over all seven is the oracle."""
+    model = bert().double()
+    rows = [([1, 4 + i, 5, 6][:2 + i % 3], [0] * (2 + i % 3), i % 3) for i in range(7)]
+    args = SimpleNamespace(device="cpu", bf16=False, micro_batch=3)
+    total = forward_backward(model, TASKS[task], rows, args, 0)
+    found = [p.grad.clone() for p in model.parameters()]
+    logits = torch.cat([model(torch.tensor([ids])) for ids, *_ in rows])
+    labels = torch.tensor([label for *_, label in rows])
+    loss = (torch.nn.CrossEntropyLoss()(logits, labels) if task == "mrpc" else (logits[:, 0] - labels).square().mean())
+    assert total.item() == pytest.approx(loss.item(), rel=1e-5)  # the script computes the loss in float32
+    for a, b in zip(found, torch.autograd.grad(loss, list(model.parameters()))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_truncation():
