@@ -1,0 +1,47 @@
+"""What README shows is what the code does: its lines are the functions' lines, and its example runs."""
+
+import inspect
+import os
+import re
+
+import torch
+import torch.nn as nn
+
+import bilora
+from train_glue import TASKS, parse_arguments
+
+README = open(os.path.join(os.path.dirname(__file__), "..", "README.md"), encoding="utf-8").read()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_three_steps_are_the_functions_lines():
+    for block, function in zip(BLOCKS, (bilora.lora_step, bilora.lora_sam_step, bilora.bilora_step), strict=False):
+        source = inspect.getsource(function)
+        for line in block.splitlines():
+            assert line.split("#")[0].strip() in source, (function.__name__, line)
+
+
+def test_the_example_trains_a_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8))
+    batches = [(torch.randn(16, 4), torch.randint(0, 8, (16,)))] * 60
+    losses = []
+
+    def backward(model, batch):
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    example = BLOCKS[-1].replace("lr=5e-4", "lr=5e-2").replace("rank=8", "rank=4")  # small layers, few steps
+    exec(example, {**vars(bilora), "model": model, "batches": batches, "backward": backward})
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_names_and_options_exist():
+    for name in re.findall(r"`(\w+)\(", README):
+        assert hasattr(bilora, name) or name in ("closure", "backward"), name
+    parser, _ = parse_arguments([])
+    for option in re.findall(r"--[a-z][a-z0-9-]+", README):
+        assert option in parser.format_help() or option == "--help", option
+    assert all(task in README for task in TASKS)
