@@ -15,9 +15,7 @@ import json
 import math
 import os
 import random
-import resource
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -534,13 +532,13 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """Bytes: allocated on a GPU; on a CPU the largest resident size of the process."""
+    """Bytes: allocated on a GPU; on a CPU the process's largest resident size, None where that is not Linux's /proc."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as file:
-            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if not os.path.exists("/proc/self/status"):
+        return None
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
 # ---------------------------------------------------------------------------------------------- all runs together
@@ -621,9 +619,10 @@ def print_table(results, summary, differences, majority):
         for method, entries in summary.items():
             runs = [run for run in results if run["method"] == method]
             difference = cell(differences[method][metric]) if method in differences else ""
-            seconds, peak = (statistics.median(run[key] for run in runs) for key in ("step_seconds", "peak_memory_bytes"))
+            seconds = statistics.median(run["step_seconds"] for run in runs)
+            peak = max((run["peak_memory_bytes"] or 0) / 2**20 for run in runs)
             print(f"{method:<12} {cell(entries[metric]):<18} {cell(entries['best_' + metric]):<18} {difference:<18} "
-                  f"{seconds:<7.3f} {peak / 2**20:.0f}")
+                  f"{seconds:<7.3f} {peak:.0f}")
     degenerate = [f"{run['method']} seed {run['seed']}" for run in results if run["one_class"]]
     if degenerate:
         print(f"predicted one class only: {', '.join(degenerate)}")
@@ -717,6 +716,7 @@ def parse_arguments(argv):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     if len(args.rho) > 2:
         parser.error(f"--rho has {len(args.rho)} values; expected one or two")
     if not embedded and not (args.data and args.model):
