@@ -610,24 +610,25 @@ def summarize(results):
 
 
 def print_table(results, summary, differences, majority):
+    """A Markdown table for each metric."""
     def cell(entry):
-        return f"{entry['mean']:.4f} +- {entry['stderr']:.4f}" if entry["n"] > 1 else f"{entry['mean']:.4f}"
+        return f"{entry['mean']:.4f} ± {entry['stderr']:.4f}" if entry["n"] > 1 else f"{entry['mean']:.4f}"
 
     for metric in majority:
-        print(f"\n{metric:<12} {'last epoch':<18} {'best epoch':<18} {'last, minus LoRA':<18} s/step  peak MiB")
-        print(f"{'majority':<12} {majority[metric]:.4f}")
+        print(f"\n| {metric:<8} | last epoch      | minus LoRA's     | best epoch      | s/step | peak MiB |")
+        print("|----------|-----------------|------------------|-----------------|--------|----------|")
+        print(f"| majority | {majority[metric]:<15.4f} | {'':<16} | {'':<15} |        |          |")
         for method, entries in summary.items():
             runs = [run for run in results if run["method"] == method]
             difference = cell(differences[method][metric]) if method in differences else ""
             seconds = statistics.median(run["step_seconds"] for run in runs)
             peak = max((run["peak_memory_bytes"] or 0) / 2**20 for run in runs)
-            print(f"{method:<12} {cell(entries[metric]):<18} {cell(entries['best_' + metric]):<18} {difference:<18} "
-                  f"{seconds:<7.3f} {peak:.0f}")
+            print(f"| {method:<8} | {cell(entries[metric]):<15} | {difference:<16} | {cell(entries['best_' + metric]):<15} "
+                  f"| {seconds:<6.3f} | {peak:<8.0f} |")
     degenerate = [f"{run['method']} seed {run['seed']}" for run in results if run["one_class"]]
-    if degenerate:
-        print(f"predicted one class only: {', '.join(degenerate)}")
-    print(f"mean +- standard error over {max(e[metric]['n'] for e in summary.values())} seeds; "
-          "the best epoch is chosen on the set it is reported on")
+    print("\nPredicted one class only: " + ", ".join(degenerate) if degenerate else "")
+    print(f"Mean ± standard error over {max(e[metric]['n'] for e in summary.values())} seeds; differences are paired by "
+          "seed; the best epoch is chosen on the set it is reported on.")
 
 
 def draw_curves(results, metric, path):

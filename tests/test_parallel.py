@@ -1,0 +1,61 @@
+"""Two processes with half of the batch each, under DistributedDataParallel, against one process with all of it.
+
+DDP averages the gradients before a step sees them, so that eps, its norm F and the auxiliary pairs agree on every rank.
+"""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from bilora import auxiliary_parameters, bilora_step, lora_layers, lora_sam_step, primary_parameters
+from test_steps import adapted, closure_of
+
+STEPS = 3
+
+
+def train(net, model, batch, method):
+    """`model` is what the closure calls: net itself, or net in DDP.  Returns the adapter after some steps."""
+    groups = [{"params": primary_parameters(net)}, {"params": auxiliary_parameters(net), "maximize": True}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    for _ in range(STEPS):
+        if method == "bi-lora":
+            bilora_step(optimizer, closure_of(model, batch), lora_layers(net), 0.3)
+        else:
+            lora_sam_step(optimizer, closure_of(model, batch), 0.3)
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def whole_batch():
+    torch.manual_seed(7)
+    return torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))
+
+
+def worker(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    half = tuple(t[4 * rank:4 * rank + 4] for t in whole_batch())
+    for method in ("lora-sam", "bi-lora"):
+        net = adapted(aux_rank=2 if method == "bi-lora" else 0)
+        model = torch.nn.parallel.DistributedDataParallel(net)
+        torch.save(train(net, model, half, method), f"{folder}/{method}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    root = os.path.dirname(__file__)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.path.dirname(root)]), "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, "-c", f"import test_parallel; test_parallel.worker({rank}, {str(tmp_path)!r})"],
+                                  env=env, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    for method in ("lora-sam", "bi-lora"):
+        net = adapted(aux_rank=2 if method == "bi-lora" else 0)
+        start = {name: p.detach().clone() for name, p in net.named_parameters()}
+        expected = train(net, net, whole_batch(), method)
+        assert any((expected[name] - start[name]).abs().max() > 0.01 for name in start)
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True)
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
