@@ -451,6 +451,10 @@ def prepare(args, method, seed, build):
     return model, layers, bilora_optimizer(model, args.lr, args.aux_lr)
 
 
+def radius(args, method):
+    return {"lora": 0.0, "lora-sam": args.rho[0], "bi-lora": args.rho[-1]}[method]
+
+
 def parameter_counts(model):
     groups = {"primary": primary_parameters(model), "auxiliary": auxiliary_parameters(model),
               "head": list(model.classifier.parameters())}
@@ -462,7 +466,7 @@ def train(args, task, method, seed, experiment, folder):
     examples, sets = experiment.data(seed)
     model, layers, optimizer = prepare(args, method, seed, experiment.build)
     primary = primary_parameters(model)
-    rho = {"lora": 0.0, "lora-sam": args.rho[0], "bi-lora": args.rho[-1]}[method]
+    rho = radius(args, method)
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
     schedule, rng, log, epochs = cosine_schedule(optimizer, steps), random.Random(seed), [], []
     reset_peak_memory(args.device)
@@ -507,14 +511,30 @@ def train(args, task, method, seed, experiment, folder):
     return result
 
 
+def run_config(args, method, seed):
+    """What a run depends on: all settings but the other runs' and those that say where its files go."""
+    others = {"method", "seeds", "rho", "out", "reuse"}
+    return {"method": method, "seed": seed, "rho": radius(args, method),
+            **{name: value for name, value in vars(args).items() if name not in others}}
+
+
+def finished_run(args, method, seed, folder):
+    """The metrics of a run that was completed in this folder with the same settings, or None."""
+    try:
+        with open(os.path.join(folder, "config.json")) as config, open(os.path.join(folder, "metrics.json")) as metrics:
+            return json.load(metrics) if json.load(config) == run_config(args, method, seed) else None
+    except (OSError, ValueError):
+        return None
+
+
 def write_run(args, result, log, model, experiment, folder):
     os.makedirs(folder, exist_ok=True)
-    config = {**vars(args), "method": result["method"], "seed": result["seed"], "rho": result["rho"]}
+    config = run_config(args, result["method"], result["seed"])
     write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=2))
     write_text(os.path.join(folder, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
     save_adapter(model, folder)
-    write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))
     draw_curves([result], experiment.metric, os.path.join(folder, "curves.png"))
+    write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))  # last: the run is complete
 
 
 def write_text(path, text):
@@ -707,6 +727,8 @@ def parse_arguments(argv):
     group.add_argument("--seeds", type=number(int, 0), nargs="+", help="default: 0 1 2; embedded 0 1 2 3 4")
     group.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
+    group.add_argument("--reuse", action=argparse.BooleanOptionalAction, default=False,
+                       help="take runs that --out holds with the same settings, finished, instead of training them again")
     group.add_argument("--out", help="folder for the results (default: runs/TASK)")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
@@ -743,8 +765,10 @@ def main(argv=None):
     results = []
     for seed in args.seeds:
         for method in args.method:
+            folder = os.path.join(args.out, f"{method}-seed{seed}")
             try:
-                run = train(args, task, method, seed, experiment, os.path.join(args.out, f"{method}-seed{seed}"))
+                run = args.reuse and finished_run(args, method, seed, folder)
+                run = run or train(args, task, method, seed, experiment, folder)
             except FloatingPointError as error:
                 raise SystemExit(f"train_glue.py: {method}, seed {seed}: {error}")
             if seed == args.seeds[0]:

@@ -380,6 +380,21 @@ def test_the_methods_of_a_seed_are_paired(glue_folder):
         assert a["epochs"] == b["epochs"]
 
 
+def test_reuse_takes_finished_runs_with_the_same_settings(glue_folder):
+    run = [*RUN, "--method", "bi-lora", "--out", "out"]
+    first = main([*run, "--seeds", "0"])
+    log = glue_folder / "out/bi-lora-seed0/log.jsonl"
+    log.write_text("kept")
+    both = main([*run, "--seeds", "0", "1", "--reuse"])
+    assert log.read_text() == "kept" and both["results"][0] == first["results"][0]
+    assert both["results"] == main([*run, "--seeds", "0", "1", "--reuse"])["results"]
+    main([*run, "--seeds", "0", "--reuse", "--lr", "0.01"])
+    assert log.read_text() != "kept"  # other settings: trained again
+    log.write_text("kept")
+    main([*run, "--seeds", "0", "--lr", "0.01"])
+    assert log.read_text() != "kept"  # not asked for: trained again
+
+
 def test_limit_and_noise(glue_folder):
     report = main([*RUN, "--method", "lora", "--seeds", "0", "--limit", "9", "--label-noise", "0.2", "--epochs", "1"])
     assert (glue_folder / "runs/mrpc/lora-seed0/log.jsonl").read_text().count("\n") == 2 and report["config"]["limit"] == 9
