@@ -1,8 +1,7 @@
-"""LoRA, LoRA-SAM and Bi-LoRA: an adapted linear layer, and three training steps that differ in
-a few lines.
+"""LoRA, LoRA-SAM and Bi-LoRA: an adapted linear layer, and three steps that differ in a few lines.
 
-Bi-LoRA: Efficient Sharpness-Aware Minimization for Fine-Tuning Large-Scale Models, arXiv 2508.19564;
-Eq. (n) is that paper's equation n.  LoRA: arXiv 2106.09685.  SAM: arXiv 2010.01412.
+Bi-LoRA: Efficient Sharpness-Aware Minimization for Fine-Tuning Large-Scale Models, arXiv
+2508.19564; Eq. (n) is that paper's equation n.  LoRA: arXiv 2106.09685.  SAM: arXiv 2010.01412.
 
 symbol   attribute        shape             meaning
 W0       weight           (m, n)            frozen weight of the base: m outputs, n inputs
@@ -10,14 +9,16 @@ B1, A1   lora_B, lora_A   (m, r), (r, n)    primary pair: learns the task, by de
 B2, A2   aux_B, aux_A     (m, r2), (r2, n)  auxiliary pair: the adversarial perturbation, by ascent
 s        scale            number            alpha / r, on both pairs
 G        -                (m, n)            dL/dW at the weights that the forward pass used
-rho      rho              number            radius: a Frobenius norm over all perturbed tensors together
-F        norm             0-dim             global norm of the gradients that LoRA-SAM perturbs along
+rho      rho              number            radius, one for all layers: LoRA-SAM's of (eps_B, eps_A),
+                                            Bi-LoRA's of c
+F        norm             0-dim             norm of all gradients that LoRA-SAM perturbs along
 c        c                0-dim             sqrt(sum_i ||s B2_i A2_i||^2) over the adapted layers i
 
 Where the paper leaves something open, or this file deviates from it:
-1. The paper drops s "for simplicity".  Here s stays: c measures what is added to the weights, s B2 A2.
+1. The paper drops s "for simplicity".  Here s stays, so that c measures what W really receives.
 2. eps = rho g / ||g|| has no constant in its denominator; where all of g is zero, eps is zero.
-3. Both passes of LoRA-SAM draw the same dropout masks.  (BatchNorm's statistics see both passes.)
+3. Both passes of LoRA-SAM draw the same random numbers from torch's CPU and CUDA generators, so the
+   same dropout masks.  (BatchNorm's running statistics see both passes.)
 4. A parameter without a gradient is not perturbed in pass 1, and not stepped in pass 2.
 5. A loss or gradient that is NaN or infinite ends the step before the optimizer has moved.
 6. A2 starts Kaiming-uniform and B2 at zero, as A1 and B1 do; the auxiliary pair has no weight decay.
@@ -55,25 +56,24 @@ class LoRALinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"LoRALinear wraps an nn.Linear, not {type(linear).__name__}")
         self.out_features, self.in_features = linear.weight.shape
+        _require_ranks(linear, rank, aux_rank)
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
-        self.lora_A, self.lora_B = self._new_pair("rank", rank)
+        self.lora_A, self.lora_B = self._new_pair(rank)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.aux_A = self.aux_B = None
-        if aux_rank != 0:
-            self.add_auxiliary(aux_rank)
+        self.add_auxiliary(aux_rank)
         self.train(linear.training)
 
     def add_auxiliary(self, aux_rank):
-        """Give the layer a fresh auxiliary pair of rank r2 = aux_rank."""
-        self.aux_A, self.aux_B = self._new_pair("aux_rank", aux_rank)
+        """Give the layer a fresh auxiliary pair of rank r2 = aux_rank; nothing for aux_rank 0."""
+        if aux_rank:
+            self.aux_A, self.aux_B = self._new_pair(aux_rank)
 
-    def _new_pair(self, name, rank):
-        """A (rank, n) Kaiming-uniform, drawn on the CPU: one seed gives one adapter on any device;
-        B (m, rank) zero."""
+    def _new_pair(self, rank):
+        """A (rank, n) Kaiming-uniform, drawn on the CPU so that a seed gives one adapter on any
+        device; B (m, rank) zero."""
         m, n = self.weight.shape
-        if not 1 <= rank <= min(m, n):
-            raise ValueError(f"{name} is {rank}; a ({m}, {n}) weight takes 1 to {min(m, n)}")
         A, B = torch.empty(rank, n, dtype=torch.float32), torch.zeros(m, rank, dtype=torch.float32)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return nn.Parameter(A.to(self.weight.device)), nn.Parameter(B.to(self.weight.device))
@@ -117,8 +117,9 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     those under a module called lm_head, classifier, score or head.  An nn.Linear with two names
     becomes one LoRALinear.  All primary pairs are drawn (from torch's default generator) before
     the auxiliary ones: a seed gives the same primary pairs whatever aux_rank is.
-    Raises ValueError where nothing matches, listing the names there are, where a target shares its
-    weight with an embedding, and where the model has adapters already.
+    Raises ValueError where nothing matches, listing the names there are, for a target whose weight
+    is an embedding's or is read without calling the layer, as torch's own transformer layers do, for
+    a rank that does not fit, and for a model that has adapters already; nothing has changed then.
     """
     if lora_layers(model):
         raise ValueError("the model has LoRA adapters already; merge_lora_ them first")
@@ -130,18 +131,38 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
         names = [name for name in linears if re.search(targets, name)]
     if not names:
         raise ValueError(f"targets={targets!r} matches no nn.Linear; there are: {', '.join(linears)}")
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    _require_adaptable(model, {name: linears[name] for name in names})
     for name in names:
-        if id(linears[name].weight) in embeddings:
-            raise ValueError(f"{name} shares its weight with an embedding and cannot be adapted")
+        _require_ranks(linears[name], rank, aux_rank)
     adapted = {linears[name]: LoRALinear(linears[name], rank, alpha) for name in names}
-    if aux_rank != 0:
-        for layer in adapted.values():
-            layer.add_auxiliary(aux_rank)
+    for layer in adapted.values():
+        layer.add_auxiliary(aux_rank)
     model.requires_grad_(False)  # the adapters, which stay trainable, are not part of it yet
     for name in names:
         _replace(model, name, adapted[linears[name]])
     return list(adapted.values())
+
+
+def _require_ranks(linear, rank, aux_rank):
+    most = min(linear.weight.shape)
+    for name, value, least in (("rank", rank, 1), ("aux_rank", aux_rank, 0)):
+        if not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{name} is {value}; a {tuple(linear.weight.shape)} weight takes {least} "
+                             f"to {most}")
+
+
+def _require_adaptable(model, linears):
+    """ValueError for a Linear tied to an embedding, or in a module that reads the weight itself."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    inside = {id(child): type(module).__name__ for module in model.modules()
+              if isinstance(module, readers) for child in module.modules()}
+    for name, linear in linears.items():
+        if id(linear.weight) in embeddings:
+            raise ValueError(f"{name} shares its weight with an embedding and cannot be adapted")
+        if id(linear) in inside:
+            raise ValueError(f"{name} is in a {inside[id(linear)]}, which reads its weight without "
+                             "calling it, and cannot be adapted")
 
 
 def _replace(model, name, module):
@@ -161,11 +182,12 @@ def primary_parameters(model):
 
 def auxiliary_parameters(model):
     """List of B2 and A2 of every adapted layer that has them: they ascend, and are thrown away."""
-    return _auxiliary(lora_layers(model))
+    return [p for layer in _perturbed_layers(lora_layers(model)) for p in (layer.aux_B, layer.aux_A)]
 
 
-def _auxiliary(layers):
-    return [p for layer in layers if layer.aux_A is not None for p in (layer.aux_B, layer.aux_A)]
+def _perturbed_layers(layers):
+    """Those with an auxiliary pair, each once."""
+    return [layer for layer in dict.fromkeys(layers) if layer.aux_A is not None]
 
 
 # ------------------------------------------------------------------------------ the three steps
@@ -178,7 +200,7 @@ def lora_step(optimizer, closure):
     Returns the loss, 0-dim.  Raises FloatingPointError for a NaN or infinite loss or gradient,
     and has moved nothing then.
     """
-    optimizer.zero_grad()
+    _start_pass(optimizer)
     loss = closure()                                                # g = dL/dw at w
     _require_finite("LoRA", optimizer, loss)
     optimizer.step()
@@ -192,17 +214,18 @@ def lora_sam_step(optimizer, closure, rho, params=None):
     rho: Frobenius norm of eps over all of `params` together, by default all that the optimizer
     holds; where those are all weights of a model, this is plain SAM.  The weights are put back bit
     for bit, in their own storage, before the optimizer moves them or an exception leaves.
-    Returns the loss of the first pass, 0-dim.  Raises ValueError for rho < 0, FloatingPointError
-    for a NaN or infinite loss or gradient in either pass, and has moved nothing then.
+    Returns the loss of the first pass, 0-dim.  Raises ValueError for rho < 0 and for no params,
+    FloatingPointError for a NaN or infinite loss or gradient in either pass, and has moved nothing
+    then.
     """
     _require_radius(rho)
-    params = _parameters(optimizer) if params is None else list(params)
-    _zero_grad(optimizer, params)
+    params = _unique(_parameters(optimizer) if params is None else params)
+    _start_pass(optimizer, params)
     with _same_random_numbers_again(params):
         loss = closure()                                            # pass 1: g = dL/dw at w
-    _require_finite("LoRA-SAM, pass 1", optimizer, loss)
+    _require_finite("LoRA-SAM, pass 1", optimizer, loss, params)
     with _perturbed(params, rho):                                   # (3) w + rho g / F
-        _zero_grad(optimizer, params)
+        _start_pass(optimizer, params)
         _require_finite("LoRA-SAM, pass 2", optimizer, closure())   # pass 2: dL/dw at w + eps
     optimizer.step()                                                # (4)
     return loss.detach()
@@ -214,12 +237,14 @@ def bilora_step(optimizer, closure, layers, rho):
 
     layers: the adapted layers, whose auxiliary pairs the optimizer holds in a group with
     maximize=True (bilora_optimizer makes one).  rho: largest c = sqrt(sum_i ||s B2_i A2_i||^2).
-    Returns the loss, 0-dim.  Raises ValueError for rho < 0 and for auxiliary pairs that do not
-    ascend, FloatingPointError for a NaN or infinite loss or gradient, and has moved nothing then.
+    Returns the loss, 0-dim.  Raises ValueError for rho < 0 and where not all auxiliary pairs ascend
+    or a primary one does, FloatingPointError for a NaN or infinite loss or gradient, and has moved
+    nothing then.
     """
     _require_radius(rho)
+    layers = _perturbed_layers(layers)
     _require_ascent(optimizer, layers)
-    optimizer.zero_grad()
+    _start_pass(optimizer)
     loss = closure()                                                # at W0 + s B1 A1 + s B2 A2
     _require_finite("Bi-LoRA", optimizer, loss)
     optimizer.step()                                                # (8) descent, (9) ascent
@@ -250,7 +275,7 @@ def perturbation_norm(layers):
 
     ||B A||^2 = <B^T B, A A^T>, so that two r2 x r2 Gram matrices a layer do, O((m + n) r2^2).
     """
-    layers = [layer for layer in layers if layer.aux_A is not None]
+    layers = _perturbed_layers(layers)
     if not layers:
         return torch.tensor(0.0)
     device, squares = layers[0].aux_A.device, []
@@ -269,31 +294,37 @@ def clip_perturbation_(layers, rho):
     was before, 0-dim.  Raises ValueError for rho < 0.
     """
     _require_radius(rho)
+    layers = _perturbed_layers(layers)
     c = perturbation_norm(layers)
     factor = torch.where(c > rho, torch.sqrt(rho / c), 1.0)
-    for p in _auxiliary(layers):
-        p.mul_(factor.to(p.device))
+    for layer in layers:
+        layer.aux_B.mul_(factor.to(layer.aux_B.device))
+        layer.aux_A.mul_(factor.to(layer.aux_A.device))
     return c
 
 
 # ------------------------------------------------------------------------------ what the steps need
 
 
+def _start_pass(optimizer, params=()):
+    """No gradient is left, and no copy of earlier weights in a surrounding autocast region."""
+    optimizer.zero_grad()
+    for p in params:  # they need not all be the optimizer's
+        p.grad = None
+    torch.clear_autocast_cache()
+
+
 @contextlib.contextmanager
 def _perturbed(params, rho):
-    """w + rho g / ||g|| inside, for the g that params hold; w bit for bit afterwards, come what may.
-
-    The autocast cache is emptied both times, for it may hold copies of the weights.
-    """
-    params = [p for p in {id(p): p for p in params}.values() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in params])
+    """w + rho g / ||g|| inside, for the g that params hold; w bit for bit afterwards."""
+    params = [p for p in params if p.grad is not None]
+    norm = _gradient_norm(params)
     factor = torch.where(norm > 0, rho / norm, 0.0)
     backup = [p.detach().clone() for p in params]
     try:
         with torch.no_grad():
             for p in params:
-                p.addcmul_(p.grad, factor.to(p.device))
-        torch.clear_autocast_cache()
+                p.addcmul_(p.grad, factor.to(p.device, p.dtype))
         yield
     finally:
         with torch.no_grad():
@@ -303,18 +334,24 @@ def _perturbed(params, rho):
 
 
 def _same_random_numbers_again(params):
-    """A context that leaves the generators where it found them, so that pass 2 draws pass 1's masks."""
+    """A context that leaves the generators where it found them: pass 2 draws pass 1's masks."""
     return torch.random.fork_rng({p.device for p in params if p.device.type == "cuda"})
 
 
-def _require_finite(method, optimizer, loss):
+def _gradient_norm(params):
+    """Global norm of the gradients there are, 0-dim, in float32 at least."""
+    grads = [p.grad for p in params if p.grad is not None]
+    return get_total_norm([g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads])
+
+
+def _require_finite(method, optimizer, loss, params=()):
     """FloatingPointError unless the loss and every gradient are finite; one host synchronisation."""
-    if not isinstance(loss, torch.Tensor):
-        raise ValueError(f"closure() returned {loss!r}; expected the loss, a tensor")
-    norm = get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None])
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ValueError(f"closure() returned {loss!r}; expected the loss, a tensor with one number")
+    norm = _gradient_norm(_unique([*_parameters(optimizer), *params]))
     if not torch.isfinite(loss.detach().to(norm.device) + norm):
-        counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
-        step = f"step {max(counts) + 1}" if counts else "step 1, or not counted by the optimizer"
+        steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+        step = f"step {steps + 1}" if steps or "betas" in optimizer.defaults else "a step not counted"
         raise FloatingPointError(f"{method}, {step}: the loss is {loss.item()}, the gradient's norm "
                                  f"{norm.item()}; the optimizer has not moved")
 
@@ -326,21 +363,23 @@ def _require_radius(rho):
 
 def _require_ascent(optimizer, layers):
     up = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
-    auxiliary = _auxiliary(layers)
-    found = sum(id(p) in up for p in auxiliary)
-    if not auxiliary or found < len(auxiliary):
+    ascending = [id(p) in up for layer in layers for p in (layer.aux_B, layer.aux_A)]
+    if not ascending or not all(ascending):
         raise ValueError("bilora_step expects the auxiliary parameters in a group with maximize=True; "
-                         f"{found} of {len(auxiliary)} are (bilora_optimizer makes such a group)")
-
-
-def _zero_grad(optimizer, params):
-    optimizer.zero_grad()
-    for p in params:  # they need not all be the optimizer's
-        p.grad = None
+                         f"{sum(ascending)} of {len(ascending)} are (see bilora_optimizer)")
+    if any(id(p) in up for layer in layers for p in (layer.lora_B, layer.lora_A)):
+        raise ValueError("bilora_step expects the primary parameters in a group with maximize=False")
 
 
 def _parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _unique(params):
+    unique = list({id(p): p for p in params}.values())
+    if not unique:
+        raise ValueError("there are no parameters to perturb or to step")
+    return unique
 
 
 # ------------------------------------------------------------------------------ after training
@@ -351,8 +390,11 @@ def merge_lora_(model):
     """Put plain nn.Linear back, with W = W0 + s B1 A1 computed in float32 (float64 for a float64
     base) and rounded once to W0's dtype.  The auxiliary pairs are dropped.
 
-    Changes the model in place, and returns it.  No weight of the base is overwritten.
+    Changes the model in place and returns it (a LoRALinear itself becomes a new nn.Linear).  The
+    base's tensors are not written to, for others may share them.
     """
+    if isinstance(model, LoRALinear):
+        return _merged(model)
     merged = {layer: _merged(layer) for layer in lora_layers(model)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in merged:
@@ -374,7 +416,8 @@ def save_adapter(model, folder, rename=None):
     adapter_config.json, in PEFT's layout.
 
     rename: function or dict from this model's module names to another tree's.  Each file is
-    written under a temporary name and renamed.  Raises ValueError for a model without adapters.
+    written under a temporary name and renamed.  Raises ValueError for a model without adapters, and
+    where rename gives two modules one name.
     """
     config, slots = _adapter_layout(model, rename)
     os.makedirs(folder, exist_ok=True)
@@ -413,9 +456,12 @@ def load_adapter(model, folder, rename=None):
     for key in [*slots, *tensors]:
         if key not in tensors or key not in slots:
             raise ValueError(f"{binary}: {key} is {'unexpected' if key in tensors else 'missing'}")
-        found, expected = getattr(tensors[key], "shape", None), slots[key].shape
-        if found != expected:
-            raise ValueError(f"{binary}: {key} has shape {found}, expected {expected}")
+        found, expected = tensors[key], slots[key]
+        if getattr(found, "shape", None) != expected.shape:
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else None
+            raise ValueError(f"{binary}: {key} has shape {shape}, expected {tuple(expected.shape)}")
+        if not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
+            raise ValueError(f"{binary}: {key} is not a dense tensor of floating-point numbers")
     for key, p in slots.items():
         p.copy_(tensors[key])
 
@@ -433,24 +479,33 @@ def _adapter_layout(model, rename):
 
     slots, inside = {}, {id(p) for layer in layers.values() for p in layer.parameters()}
     for name, layer in layers.items():
-        slots[f"base_model.model.{renamed(name)}.lora_A.weight"] = layer.lora_A
-        slots[f"base_model.model.{renamed(name)}.lora_B.weight"] = layer.lora_B
-    full = [(n.rpartition("."), p) for n, p in model.named_parameters()
+        slots[renamed(name), "lora_A.weight"] = layer.lora_A
+        slots[renamed(name), "lora_B.weight"] = layer.lora_B
+    full = [(*name.rpartition(".")[::2], p) for name, p in model.named_parameters()
             if p.requires_grad and id(p) not in inside]
-    slots |= {f"base_model.model.{renamed(name)}.{last}": p for (name, _, last), p in full}
+    slots |= {(renamed(module), name): p for module, name, p in full}
+    if len(slots) != 2 * len(layers) + len(full):
+        raise ValueError("rename gives two modules one name")
     rank, alpha = next((layer.rank, layer.alpha) for layer in layers.values())
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0,
-            "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-            "target_modules": sorted(renamed(name) for name in layers),
-            "modules_to_save": sorted({renamed(name) for (name, _, _), _ in full}) or None,
-            "base_fingerprint": _fingerprint(layers.values())}, slots
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0,
+              "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "target_modules": sorted(renamed(name) for name in layers),
+              "modules_to_save": sorted({renamed(module) for module, *_ in full} - {""}) or None,
+              "base_fingerprint": _fingerprint({renamed(n): layer for n, layer in layers.items()})}
+    return config, {".".join(filter(None, ("base_model.model", *key))): p for key, p in slots.items()}
 
 
 def _fingerprint(layers):
-    """Hash of the adapted W0, in bfloat16: a base has the same one in whatever dtype it is loaded."""
-    bits = [layer.weight.detach().to("cpu", torch.bfloat16).contiguous() for layer in layers]
-    digests = sorted(hashlib.sha256(W.view(torch.uint8).numpy()).hexdigest() for W in bits)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    """Hash of the adapted layers' names, W0 and biases, rounded to bfloat16, so that a base has the
+    same one in float64, float32 and bfloat16."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(layers.items()):
+        digest.update(name.encode())
+        for tensor in (layer.weight, layer.bias):
+            if tensor is not None:
+                bits = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+                digest.update(bits.numpy())
+    return digest.hexdigest()
 
 
 def _brief(value):
