@@ -324,7 +324,7 @@ def _perturbed(params, rho):
     try:
         with torch.no_grad():
             for p in params:
-                p.addcmul_(p.grad, factor.to(p.device, p.dtype))
+                p.addcmul_(p.grad, factor.to(p.device))
         yield
     finally:
         with torch.no_grad():

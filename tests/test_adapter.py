@@ -44,6 +44,7 @@ def test_merge_in_float64():
     for name, W in expected.items():
         layer = getattr(net, name)
         assert type(layer) is nn.Linear and (layer.out_features, layer.in_features) == W.shape
+        assert not layer.training and not layer.weight.requires_grad
         assert (layer.weight - base[name]).norm() > 0.1  # there was something to merge
         torch.testing.assert_close(layer.weight, W, rtol=1e-12, atol=1e-12, check_stride=False)
     torch.testing.assert_close(net.train()(x), logits, rtol=1e-12, atol=1e-12)
@@ -62,6 +63,15 @@ def test_merge_rounds_once(dtype):
     half_ulp = 2.0 ** torch.floor(torch.log2(exact.abs())) * torch.finfo(dtype).eps / 2
     assert net[0].weight.dtype == dtype
     assert ((net[0].weight.double() - exact).abs() <= half_ulp * (1 + 1e-3)).all()
+
+
+def test_merge_of_a_layer_and_under_autocast():
+    layer = prepared().first
+    expected = layer.weight + 3.0 * layer.lora_B @ layer.lora_A
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = merge_lora_(layer)
+    assert type(merged) is nn.Linear
+    torch.testing.assert_close(merged.weight, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_merge_leaves_a_shared_base_weight_alone():
@@ -132,10 +142,18 @@ def test_base_in_another_dtype_is_the_same_base(tmp_path):
     load_adapter(prepared(seed=5, head=False), tmp_path)
 
 
-def other_base():
-    net = prepared()
-    with torch.no_grad():
-        net.shared.weight[1, 2] += 0.1
+def other_base(name, tensor):
+    def make():
+        net = prepared()
+        with torch.no_grad():
+            getattr(getattr(net, name), tensor)[1] += 0.1
+        return net
+    return make
+
+
+def exchanged_layers():
+    net = prepared(head=False)
+    net.first, net.last = net.last, net.first
     return net
 
 
@@ -152,7 +170,9 @@ def put(name, value):
 
 
 @pytest.mark.parametrize("make, edit, message", [
-    (other_base, None, "base_fingerprint is"),
+    *[(other_base(name, tensor), None, "base_fingerprint is")
+      for name in ("first", "shared", "last") for tensor in ("weight", "bias")],
+    (exchanged_layers, None, "base_fingerprint is"),
     (lambda: prepared(rank=3), None, "r is 2, the model's is 3"),
     (lambda: prepared(alpha=7), None, "lora_alpha is 6, the model's is 7"),
     (lambda: prepared(targets="first|last"), None, "target_modules is"),
@@ -163,6 +183,8 @@ def put(name, value):
     (prepared, put("last.aux_A.weight", torch.zeros(2, 5)), "last.aux_A.weight is unexpected"),
     (prepared, put("last.lora_B.weight", torch.zeros(4, 3)), "last.lora_B.weight has shape"),
     (prepared, put("last.lora_B.weight", 3.0), "last.lora_B.weight has shape None"),
+    (prepared, put("last.lora_B.weight", torch.zeros(4, 2, dtype=torch.long)), "last.lora_B.weight is not a dense"),
+    (prepared, put("last.lora_B.weight", torch.zeros(4, 2).to_sparse()), "last.lora_B.weight is not a dense"),
 ])
 def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path, make, edit, message):
     save_adapter(prepared(seed=5), tmp_path)
@@ -178,6 +200,41 @@ def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path, make, edit
     assert_same_bits(net, before)
 
 
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "base_fingerprint"])
+def test_every_setting_has_to_be_there(tmp_path, key):
+    save_adapter(prepared(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config[key]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{key} is null"):
+        load_adapter(prepared(), tmp_path)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+def test_a_pickle_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_adapter(prepared(), tmp_path)
+    torch.save({"x": Payload()}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="adapter_model.bin: not a file of tensors"):
+        load_adapter(prepared(), tmp_path)
+    assert not os.path.exists("unpickled")
+
+
+def test_names_that_collide_or_lie_at_the_root(tmp_path):
+    with pytest.raises(ValueError, match="two modules one name"):
+        save_adapter(prepared(), tmp_path, rename={"first": "last"})
+    net = prepared()
+    net.offset = nn.Parameter(torch.ones(3))
+    save_adapter(net, tmp_path)
+    assert "base_model.model.offset" in torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin"])
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\x80\x04.", b"PK\x03\x04 not really"])
 def test_broken_files(tmp_path, name, content):

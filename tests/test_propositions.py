@@ -1,7 +1,8 @@
 """Propositions 2 and 3: what holds, what does not, and what the algorithm itself does.
 
 Oracles: the singular value decomposition of G, gradients of plain matrices (test_steps.py), and the second-order term
-of a product worked out by hand.  Float64.  Proposition 1 is in test_steps.py, beside equations (5) and (6).
+of a product worked out by hand.  Float64.  Proposition 1 is in test_steps.py, beside equations (5) and (6).  Two tests check
+the right statement of Proposition 3 alone, not code: the optimum, and how several layers share the radius.
 """
 
 import pytest
