@@ -9,8 +9,7 @@ B1, A1   lora_B, lora_A   (m, r), (r, n)    primary pair: learns the task, by de
 B2, A2   aux_B, aux_A     (m, r2), (r2, n)  auxiliary pair: the adversarial perturbation, by ascent
 s        scale            number            alpha / r, on both pairs
 G        -                (m, n)            dL/dW at the weights that the forward pass used
-rho      rho              number            radius, one for all layers: LoRA-SAM's of (eps_B, eps_A),
-                                            Bi-LoRA's of c
+rho      rho              number            radius over all layers, of eps or of c
 F        norm             0-dim             norm of all gradients that LoRA-SAM perturbs along
 c        c                0-dim             sqrt(sum_i ||s B2_i A2_i||^2) over the adapted layers i
 
@@ -21,7 +20,7 @@ Where the paper leaves something open, or this file deviates from it:
    same dropout masks.  (BatchNorm's running statistics see both passes.)
 4. A parameter without a gradient is not perturbed in pass 1, and not stepped in pass 2.
 5. A loss or gradient that is NaN or infinite ends the step before the optimizer has moved.
-6. A2 starts Kaiming-uniform and B2 at zero, as A1 and B1 do; the auxiliary pair has no weight decay.
+6. A2 starts Kaiming-uniform and B2 at zero, as A1 and B1 do.  They have no weight decay.
 """
 
 import contextlib
@@ -117,9 +116,8 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     those under a module called lm_head, classifier, score or head.  An nn.Linear with two names
     becomes one LoRALinear.  All primary pairs are drawn (from torch's default generator) before
     the auxiliary ones: a seed gives the same primary pairs whatever aux_rank is.
-    Raises ValueError where nothing matches, listing the names there are, for a target whose weight
-    is an embedding's or is read without calling the layer, as torch's own transformer layers do, for
-    a rank that does not fit, and for a model that has adapters already; nothing has changed then.
+    Raises ValueError where nothing matches (listing the names there are), for a target that cannot
+    be adapted, a rank that does not fit and a model with adapters; nothing has changed then.
     """
     if lora_layers(model):
         raise ValueError("the model has LoRA adapters already; merge_lora_ them first")
@@ -130,7 +128,7 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     else:
         names = [name for name in linears if re.search(targets, name)]
     if not names:
-        raise ValueError(f"targets={targets!r} matches no nn.Linear; there are: {', '.join(linears)}")
+        raise ValueError(f"targets={targets!r} matches no nn.Linear of {', '.join(linears)}")
     _require_adaptable(model, {name: linears[name] for name in names})
     for name in names:
         _require_ranks(linears[name], rank, aux_rank)
@@ -144,25 +142,24 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
 
 
 def _require_ranks(linear, rank, aux_rank):
-    most = min(linear.weight.shape)
+    shape = tuple(linear.weight.shape)
     for name, value, least in (("rank", rank, 1), ("aux_rank", aux_rank, 0)):
-        if not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} is {value}; a {tuple(linear.weight.shape)} weight takes {least} "
-                             f"to {most}")
+        if not isinstance(value, int) or not least <= value <= min(shape):
+            raise ValueError(f"{name} is {value}; a {shape} weight takes {least} to {min(shape)}")
 
 
 def _require_adaptable(model, linears):
-    """ValueError for a Linear tied to an embedding, or in a module that reads the weight itself."""
+    """ValueError for a weight that is an embedding's too, or that torch's own transformer layers
+    read without calling the nn.Linear."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    inside = {id(child): type(module).__name__ for module in model.modules()
-              if isinstance(module, readers) for child in module.modules()}
+    readers = [m for m in model.modules()
+               if isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer))]
+    read = {child: type(reader).__name__ for reader in readers for child in reader.modules()}
     for name, linear in linears.items():
         if id(linear.weight) in embeddings:
-            raise ValueError(f"{name} shares its weight with an embedding and cannot be adapted")
-        if id(linear) in inside:
-            raise ValueError(f"{name} is in a {inside[id(linear)]}, which reads its weight without "
-                             "calling it, and cannot be adapted")
+            raise ValueError(f"{name} cannot be adapted: an embedding shares its weight")
+        if linear in read:
+            raise ValueError(f"{name} cannot be adapted: {read[linear]} reads its weight itself")
 
 
 def _replace(model, name, module):
@@ -182,7 +179,8 @@ def primary_parameters(model):
 
 def auxiliary_parameters(model):
     """List of B2 and A2 of every adapted layer that has them: they ascend, and are thrown away."""
-    return [p for layer in _perturbed_layers(lora_layers(model)) for p in (layer.aux_B, layer.aux_A)]
+    layers = _perturbed_layers(lora_layers(model))
+    return [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
 
 
 def _perturbed_layers(layers):
@@ -219,7 +217,9 @@ def lora_sam_step(optimizer, closure, rho, params=None):
     then.
     """
     _require_radius(rho)
-    params = _unique(_parameters(optimizer) if params is None else params)
+    params = list(dict.fromkeys(_parameters(optimizer) if params is None else params))
+    if not params:
+        raise ValueError("params is empty; expected the parameters to perturb")
     _start_pass(optimizer, params)
     with _same_random_numbers_again(params):
         loss = closure()                                            # pass 1: g = dL/dw at w
@@ -345,15 +345,16 @@ def _gradient_norm(params):
 
 
 def _require_finite(method, optimizer, loss, params=()):
-    """FloatingPointError unless the loss and every gradient are finite; one host synchronisation."""
+    """FloatingPointError unless loss and gradients are finite.  One host synchronisation."""
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise ValueError(f"closure() returned {loss!r}; expected the loss, a tensor with one number")
-    norm = _gradient_norm(_unique([*_parameters(optimizer), *params]))
+        raise ValueError(f"closure() returned {loss!r}; expected the loss, a tensor of one number")
+    norm = _gradient_norm([*_parameters(optimizer), *params])
     if not torch.isfinite(loss.detach().to(norm.device) + norm):
-        steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
-        step = f"step {steps + 1}" if steps or "betas" in optimizer.defaults else "a step not counted"
-        raise FloatingPointError(f"{method}, {step}: the loss is {loss.item()}, the gradient's norm "
-                                 f"{norm.item()}; the optimizer has not moved")
+        counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+        counted = counts or "betas" in optimizer.defaults  # Adam and its like count their steps
+        step = f"step {max(counts, default=0) + 1}" if counted else "a step not counted"
+        raise FloatingPointError(f"{method}, {step}: the loss is {loss.item()}, the norm of the "
+                                 f"gradient {norm.item()}; the optimizer has not moved")
 
 
 def _require_radius(rho):
@@ -362,24 +363,19 @@ def _require_radius(rho):
 
 
 def _require_ascent(optimizer, layers):
-    up = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
+    groups = [group["params"] for group in optimizer.param_groups if group.get("maximize")]
+    up = {id(p) for params in groups for p in params}
     ascending = [id(p) in up for layer in layers for p in (layer.aux_B, layer.aux_A)]
     if not ascending or not all(ascending):
-        raise ValueError("bilora_step expects the auxiliary parameters in a group with maximize=True; "
-                         f"{sum(ascending)} of {len(ascending)} are (see bilora_optimizer)")
+        raise ValueError("bilora_step expects the auxiliary parameters in a group with "
+                         f"maximize=True; {sum(ascending)} of {len(ascending)} are")
     if any(id(p) in up for layer in layers for p in (layer.lora_B, layer.lora_A)):
-        raise ValueError("bilora_step expects the primary parameters in a group with maximize=False")
+        raise ValueError("bilora_step expects the primary parameters to descend; some have "
+                         "maximize=True")
 
 
 def _parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _unique(params):
-    unique = list({id(p): p for p in params}.values())
-    if not unique:
-        raise ValueError("there are no parameters to perturb or to step")
-    return unique
 
 
 # ------------------------------------------------------------------------------ after training
@@ -421,7 +417,7 @@ def save_adapter(model, folder, rename=None):
     """
     config, slots = _adapter_layout(model, rename)
     os.makedirs(folder, exist_ok=True)
-    binary, settings = (os.path.join(folder, f"adapter_{end}") for end in ("model.bin", "config.json"))
+    binary, settings = _adapter_files(folder)
     torch.save({key: p.detach().cpu().contiguous() for key, p in slots.items()}, binary + ".tmp")
     with open(settings + ".tmp", "w", encoding="utf-8") as file:
         json.dump(config, file, indent=2)
@@ -438,7 +434,7 @@ def load_adapter(model, folder, rename=None):
     misshapen.  rename: as in save_adapter.
     """
     config, slots = _adapter_layout(model, rename)
-    binary, settings = (os.path.join(folder, f"adapter_{end}") for end in ("model.bin", "config.json"))
+    binary, settings = _adapter_files(folder)
     with open(settings, encoding="utf-8") as file:
         try:
             saved = dict(json.load(file))
@@ -446,8 +442,8 @@ def load_adapter(model, folder, rename=None):
             raise ValueError(f"{settings}: not a JSON object: {error}") from None
     for key in ("r", "lora_alpha", "target_modules", "base_fingerprint"):
         if saved.get(key) != config[key]:
-            raise ValueError(f"{settings}: {key} is {_brief(saved.get(key))}, the model's is "
-                             f"{_brief(config[key])}")
+            raise ValueError(f"{settings}: {key} is {str(saved.get(key))[:70]}, the model's is "
+                             f"{str(config[key])[:70]}")
     with open(binary, "rb") as file:
         try:
             tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -456,18 +452,21 @@ def load_adapter(model, folder, rename=None):
     for key in [*slots, *tensors]:
         if key not in tensors or key not in slots:
             raise ValueError(f"{binary}: {key} is {'unexpected' if key in tensors else 'missing'}")
-        found, expected = tensors[key], slots[key]
-        if getattr(found, "shape", None) != expected.shape:
-            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else None
-            raise ValueError(f"{binary}: {key} has shape {shape}, expected {tuple(expected.shape)}")
+        found, shape = tensors[key], tuple(slots[key].shape)
+        if not isinstance(found, torch.Tensor) or found.shape != shape:
+            raise ValueError(f"{binary}: {key} is not a tensor of shape {shape}")
         if not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
             raise ValueError(f"{binary}: {key} is not a dense tensor of floating-point numbers")
     for key, p in slots.items():
         p.copy_(tensors[key])
 
 
+def _adapter_files(folder):
+    return [os.path.join(folder, name) for name in ("adapter_model.bin", "adapter_config.json")]
+
+
 def _adapter_layout(model, rename):
-    """(config, {PEFT's name: parameter}): what a model's adapter consists of, B2 and A2 left out."""
+    """(config, {PEFT's name: parameter}) of a model's adapter, without B2 and A2."""
     layers = {n: module for n, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRA adapters; add_lora puts them in")
@@ -492,7 +491,8 @@ def _adapter_layout(model, rename):
               "target_modules": sorted(renamed(name) for name in layers),
               "modules_to_save": sorted({renamed(module) for module, *_ in full} - {""}) or None,
               "base_fingerprint": _fingerprint({renamed(n): layer for n, layer in layers.items()})}
-    return config, {".".join(filter(None, ("base_model.model", *key))): p for key, p in slots.items()}
+    prefix = "base_model.model"
+    return config, {".".join(filter(None, (prefix, *key))): p for key, p in slots.items()}
 
 
 def _fingerprint(layers):
@@ -506,8 +506,3 @@ def _fingerprint(layers):
                 bits = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
                 digest.update(bits.numpy())
     return digest.hexdigest()
-
-
-def _brief(value):
-    text = json.dumps(value)
-    return text if len(text) <= 70 else text[:67] + "..."
