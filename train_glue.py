@@ -60,7 +60,7 @@ class Task:
 
 
 TASKS = {
-    "embedded": Task((), None, ("0", "1"), ("accuracy",), epochs=10, seeds=(0, 1, 2, 3, 4)),
+    "embedded": Task((), None, ("0", "1"), ("accuracy",), epochs=10, lr=2e-3, seeds=(0, 1, 2, 3, 4)),
     "mrpc": Task(("#1 String", "#2 String"), "Quality", ("0", "1"), ("accuracy", "f1"), epochs=10),
     "cola": Task((3,), 1, ("0", "1"), ("matthews", "accuracy"), epochs=10),
     "sst2": Task(("sentence",), "label", ("0", "1"), ("accuracy",), epochs=3),
