@@ -1,11 +1,13 @@
 """One transformer made of two stacks, an encoder and a decoder, either of which may be absent, and its checkpoints.
 
-A family of models is a setting of the same block, not a class.  An encoder alone is BERT-like: with `num_labels` it
-classifies, without it returns its hidden states.  A decoder returns logits over the vocabulary.
+A family of models is a setting of the same block, not a class: an encoder alone is BERT or RoBERTa, a decoder alone is
+Llama or Qwen2, both are T5.  An encoder with `num_labels` classifies, without it returns its hidden states; a decoder
+returns logits over the vocabulary.
 
-Attention Is All You Need: arXiv 1706.03762.  BERT: arXiv 1810.04805.
+Attention Is All You Need: arXiv 1706.03762.  BERT: 1810.04805.  RoBERTa: 1907.11692.  T5: 1910.10683.
+Llama: 2302.13971.  Rotary positions: 2104.09864.  Grouped heads: 2305.13245.
 
-Symbols: B sequences, L positions, D = d_model, H = heads, E = D / H, V = vocab_size.
+Symbols: B sequences, L queries, K keys, D = d_model, H = heads, E = head_dim, V = vocab_size.
 """
 
 import json
@@ -13,7 +15,9 @@ import math
 import mmap
 import os
 import re
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -27,51 +31,110 @@ class Config:
     d_model: int = 128
     d_ff: int = 512                 # width of the MLP
     heads: int = 4
+    kv_heads: int | None = None     # heads of the keys and values, each serving heads / kv_heads queries; None: heads
+    head_dim: int | None = None     # None: d_model / heads
     encoder_layers: int = 0
     decoder_layers: int = 0
-    max_length: int = 512           # rows of the table of learned positions
+    positions: str = "learned"      # a "learned" table, a "relative" bias by distance (T5), or "rotary" (Llama)
+    max_length: int | None = 512    # most positions there are; None: no bound
+    position_offset: int = 0        # row of the learned table that the first token gets (RoBERTa: 2)
+    relative_buckets: int = 32
+    relative_distance: int = 128    # from here on, one bucket
+    rope_theta: float = 1e4
+    rope_scaling: dict = field(default_factory=dict)  # llama3's; empty: none
     token_types: int = 0            # rows of the table of segment embeddings (BERT's sentence A / B); 0: no such table
+    norm: str = "layer"             # "layer" or "rms"
     norm_first: bool = True         # pre-norm, with a final norm; False: post-norm, as BERT has it
     embedding_norm: bool = False    # a norm on the sum of the embeddings (BERT)
-    pooling: str = "first"          # what the head sees: the "first" token's state, or the "mean" over the tokens
-    pooler: bool = False            # tanh(dense(h)) between that and the head (BERT)
+    gated: bool = False             # activation(gate(x)) * up(x) in the MLP
     activation: str = "gelu"        # a key of ACTIVATIONS
+    qkv_bias: bool = True
+    bias: bool = True               # of the other linear layers
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    tied: bool = True               # the output head is the embedding
+    logit_scale: float = 1.0        # of the state that a tied head sees (T5 v1.0: d_model ** -0.5)
+    pooling: str = "first"          # what the classifier sees: the "first" token's state, or the "mean" over the tokens
+    pooler: bool = False            # tanh(dense(h)) between that and the classifier (BERT)
+    dense_head: bool = False        # the classifier is dense, tanh, out_proj (RoBERTa)
     eps: float = 1e-5               # of the norms
     dropout: float = 0.0
-    num_labels: int | None = None   # outputs of the classification head; None: no head
+    num_labels: int | None = None   # outputs of the classifier; None: no classifier
+    pad_id: int = 0
+    start_id: int = 0               # first token of an encoder-decoder's decoder
+    eos_id: int | list | None = None
 
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def make_norm(config):
+    return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.d_model, config.eps)
 
 
 class Attention(nn.Module):
-    """Scaled dot-product attention; keys and values come from `memory`, or from x itself where there is none."""
+    """Dot-product attention; keys and values come from `memory`, or from x itself where there is none.
+
+    cache: a list.  Self-attention puts earlier keys and values before this call's and leaves all of them in it;
+    attention to a memory computes them once.
+    """
 
     def __init__(self, config):
         super().__init__()
-        D, self.heads = config.d_model, config.heads
-        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        D, H = config.d_model, config.heads
+        self.kv_heads, self.head_dim = config.kv_heads or H, config.head_dim or D // H
+        self.q = nn.Linear(D, H * self.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(D, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(D, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.o = nn.Linear(H * self.head_dim, D, bias=config.bias)
+        self.scale, self.groups = config.attention_scale, H // self.kv_heads
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask, causal=False, memory=None):
-        B, L, D = x.shape
-        memory = x if memory is None else memory                                          # (B, K, D)
-        q, k, v = (proj(h).view(B, -1, self.heads, D // self.heads).transpose(1, 2)       # (B, H, L or K, E)
-                   for proj, h in ((self.q, x), (self.k, memory), (self.v, memory)))
+    def forward(self, x, mask, causal=False, rotation=None, memory=None, cache=None):
+        B, L, _ = x.shape
+        q = self.split(self.q(x))                                                         # (B, H, L, E)
+        if memory is not None and cache:
+            k, v = cache
+        else:
+            source = x if memory is None else memory
+            k, v = self.split(self.k(source)), self.split(self.v(source))                 # (B, H / groups, K, E)
+            if rotation is not None:
+                q, k = rotate(q, rotation), rotate(k, rotation)
+            if cache:
+                k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+            if cache is not None:
+                cache[:] = k, v
         p = self.dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
-        return self.o(y.transpose(1, 2).reshape(B, L, D))                                 # (B, L, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=self.scale,
+                                           enable_gqa=self.groups > 1)
+        return self.o(y.transpose(1, 2).reshape(B, L, -1))                                # (B, L, D)
+
+    def split(self, h):
+        return h.view(*h.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.d_model, config.d_ff)
-        self.down = nn.Linear(config.d_ff, config.d_model)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if config.gated else None
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
-        return self.down(self.activation(self.up(x)))
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -80,20 +143,20 @@ class Block(nn.Module):
     def __init__(self, config, cross=False):
         super().__init__()
         self.norm_first, self.dropout = config.norm_first, nn.Dropout(config.dropout)
-        self.attention, self.attention_norm = Attention(config), nn.LayerNorm(config.d_model, config.eps)
+        self.attention, self.attention_norm = Attention(config), make_norm(config)
         if cross:
-            self.cross, self.cross_norm = Attention(config), nn.LayerNorm(config.d_model, config.eps)
-        self.mlp, self.mlp_norm = MLP(config), nn.LayerNorm(config.d_model, config.eps)
+            self.cross, self.cross_norm = Attention(config), make_norm(config)
+        self.mlp, self.mlp_norm = MLP(config), make_norm(config)
 
     def residual(self, x, norm, sublayer, *args):
         if self.norm_first:
             return x + self.dropout(sublayer(norm(x), *args))
         return norm(x + self.dropout(sublayer(x, *args)))
 
-    def forward(self, x, mask, causal=False, memory=None, memory_mask=None):
-        x = self.residual(x, self.attention_norm, self.attention, mask, causal)
+    def forward(self, x, mask, causal=False, rotation=None, memory=None, memory_mask=None, cache=(None, None)):
+        x = self.residual(x, self.attention_norm, self.attention, mask, causal, rotation, None, cache[0])
         if memory is not None:
-            x = self.residual(x, self.cross_norm, self.cross, memory_mask, False, memory)
+            x = self.residual(x, self.cross_norm, self.cross, memory_mask, False, None, memory, cache[1])
         return self.residual(x, self.mlp_norm, self.mlp)                                  # (B, L, D)
 
 
@@ -103,25 +166,102 @@ class Stack(nn.Module):
     def __init__(self, config, layers, tokens, causal=False, cross=False):
         super().__init__()
         D = config.d_model
-        self.causal, self.tokens = causal, tokens
-        self.positions = nn.Embedding(config.max_length, D)
+        self.config, self.causal, self.tokens = config, causal, tokens
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.max_length + config.position_offset, D) if learned else None
         self.types = nn.Embedding(config.token_types, D) if config.token_types else None
-        self.embedding_norm = nn.LayerNorm(D, config.eps) if config.embedding_norm else nn.Identity()
+        self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
+        self.relative_bias = (nn.Embedding(config.relative_buckets, config.heads) if config.positions == "relative"
+                              else None)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, cross) for _ in range(layers))
-        self.final_norm = nn.LayerNorm(D, config.eps) if config.norm_first else nn.Identity()
+        self.final_norm = make_norm(config) if config.norm_first else nn.Identity()
 
-    def forward(self, ids, mask, types=None, memory=None, memory_mask=None):
-        if ids.shape[1] > self.positions.num_embeddings:
-            raise ValueError(f"{ids.shape[1]} tokens; the model has {self.positions.num_embeddings} positions")
-        x = self.tokens(ids) + self.positions(positions(ids, mask))                       # (B, L, D)
+    def forward(self, ids, mask=None, types=None, memory=None, memory_mask=None, cache=None):
+        """ids: (B, L); mask: (B, K), True for a token, where K - L keys are in the cache; returns (B, L, D)."""
+        config, (B, L) = self.config, ids.shape
+        past = cache[0][0][0].shape[2] if cache and cache[0][0] else 0
+        if config.max_length is not None and past + L > config.max_length:
+            raise ValueError(f"{past + L} tokens; the model has {config.max_length} positions")
+        place = positions(mask, past + L, ids.device)[:, past:]                           # (B or 1, L)
+        x = self.tokens(ids)                                                              # (B, L, D)
+        if self.positions is not None:
+            x = x + self.positions(place + config.position_offset)
         if self.types is not None:
             x = x + self.types(torch.zeros_like(ids) if types is None else types)
         x = self.dropout(self.embedding_norm(x))
-        keep, is_causal = attention_mask(mask, self.causal)
-        for block in self.blocks:
-            x = block(x, keep, is_causal, memory, memory_mask)
-        return self.final_norm(x)
+        rotation = rotary(config, place, x.dtype) if config.positions == "rotary" else None
+        keep, causal = attention_mask(mask, L, past, self.causal, self.relative_bias is not None, ids.device)
+        if self.relative_bias is not None:
+            bias = relative_bias(config, self.relative_bias.weight, past, L, self.causal)  # (1, H, L, K)
+            keep = bias if keep is None else bias.masked_fill(~keep, torch.finfo(bias.dtype).min)
+        for i, block in enumerate(self.blocks):
+            x = block(x, keep, causal, rotation, memory, memory_mask, *([cache[i]] if cache else []))
+        return self.dropout(self.final_norm(x)) if config.positions == "relative" else self.final_norm(x)
+
+
+def positions(mask, length, device):
+    """0, 1, 2, ... along each row, counted over tokens and not over padding; (B or 1, length)."""
+    if mask is None:
+        return torch.arange(length, device=device)[None]
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def attention_mask(mask, L, past, causal, explicit, device):
+    """(True where a query sees a key, broadcasting to (B, 1, L, K), or None; whether SDPA itself hides the future)."""
+    if mask is None and (not causal or L == 1):
+        return None, False
+    if mask is None and past == 0 and not explicit:
+        return None, True
+    K = past + L
+    keep = torch.ones(1, 1, 1, K, dtype=torch.bool, device=device) if mask is None else mask[:, None, None, :]
+    if causal:
+        now = torch.ones(L, K, dtype=torch.bool, device=device).tril(past)
+        keep = keep & now | now.triu(past)  # padding sees itself: no row without a key
+    return keep, False
+
+
+def relative_bias(config, table, past, L, causal):
+    """T5's addition to the scores, by the bucket of key minus query; (1, H, L, K)."""
+    K = past + L
+    distance = torch.arange(K, device=table.device)[None] - torch.arange(past, K, device=table.device)[:, None]
+    return table[relative_bucket(distance, causal, config.relative_buckets, config.relative_distance)].permute(2, 0, 1)[None]
+
+
+def relative_bucket(distance, causal, buckets, most):
+    """Half of the buckets for one distance each, half for logarithmically growing ranges up to `most`."""
+    bucket = torch.zeros_like(distance)
+    if causal:
+        distance = (-distance).clamp(min=0)
+    else:
+        buckets //= 2
+        bucket, distance = bucket + buckets * (distance > 0), distance.abs()
+    exact = buckets // 2
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(most / exact) * (buckets - exact)
+    return bucket + torch.where(distance < exact, distance, (exact + growth.long()).clamp(max=buckets - 1))
+
+
+def rotary(config, place, dtype):
+    """Cosines and sines of each position's angles, (B or 1, 1, L, E / 2) each."""
+    E = config.head_dim or config.d_model // config.heads
+    inverse = config.rope_theta ** (-torch.arange(0, E, 2, device=place.device).float() / E)
+    if config.rope_scaling:
+        inverse = llama3_scaling(inverse, **config.rope_scaling)
+    angles = place[:, None, :, None].float() * inverse
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def llama3_scaling(inverse, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Low frequencies divided by `factor`, high ones kept, those between blended."""
+    turns = original_max_position_embeddings * inverse / (2 * math.pi)  # over the original context
+    blend = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return (1 - blend) * inverse / factor + blend * inverse
+
+
+def rotate(h, rotation):
+    """Turn each pair (h[e], h[e + E / 2]) by its angle."""
+    (a, b), (cos, sin) = h.chunk(2, -1), rotation
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Transformer(nn.Module):
@@ -129,16 +269,18 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         D, V = config.d_model, config.vocab_size
-        if D % config.heads or config.activation not in ACTIVATIONS:
-            raise ValueError(f"d_model {D} in {config.heads} heads with activation {config.activation!r}: expected a "
-                             f"multiple of the heads, and one of {', '.join(ACTIVATIONS)}")
+        if (config.head_dim is None and D % config.heads) or config.heads % (config.kv_heads or config.heads):
+            raise ValueError(f"d_model {D}, {config.heads} heads, kv_heads {config.kv_heads}: expected multiples")
+        if config.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {config.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
         tokens = nn.Embedding(V, D)
         both = config.encoder_layers > 0 and config.decoder_layers > 0
         self.encoder = Stack(config, config.encoder_layers, tokens) if config.encoder_layers else None
         self.decoder = (Stack(config, config.decoder_layers, tokens, causal=True, cross=both)
                         if config.decoder_layers else None)
+        self.lm_head = nn.Linear(D, V, bias=False) if self.decoder is not None and not config.tied else None
         self.pooler = nn.Linear(D, D) if config.pooler else None
-        self.classifier = nn.Linear(D, config.num_labels) if config.num_labels else None
+        self.classifier = make_classifier(config) if config.num_labels else None
         self.apply(init_weights)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None):
@@ -156,8 +298,7 @@ class Transformer(nn.Module):
             return self.logits(self.decoder(input_ids, mask, token_type_ids))             # (B, L, V)
         h = self.encoder(input_ids, mask, token_type_ids)                                 # (B, L, D)
         if self.decoder is not None:
-            memory_mask = None if mask is None else mask[:, None, None, :]
-            return self.logits(self.decoder(decoder_input_ids, None, None, h, memory_mask))
+            return self.logits(self.decoder(decoder_input_ids, memory=h, memory_mask=as_key_mask(mask)))
         if self.classifier is None:
             return h
         pooled = self.pool(h, torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask)
@@ -167,33 +308,68 @@ class Transformer(nn.Module):
         if self.config.pooling == "mean":
             pooled = (h * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)            # (B, D)
         else:
-            pooled = h[torch.arange(len(h)), mask.int().argmax(1)]                        # (B, D)
+            pooled = h[torch.arange(len(h), device=h.device), mask.int().argmax(1)]       # (B, D)
         return pooled if self.pooler is None else torch.tanh(self.pooler(pooled))
 
     def logits(self, h):
-        return F.linear(h, self.decoder.tokens.weight)                                    # (B, L, V), tied weights
+        """(B, L, V)"""
+        if self.lm_head is not None:
+            return self.lm_head(h)
+        return F.linear(h * self.config.logit_scale, self.decoder.tokens.weight)
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask=None, max_new_tokens=128, eos_id=None, temperature=0.0):
+        """New token ids, (B, at most max_new_tokens): the likeliest at temperature 0, else drawn from softmax(logits /
+        temperature).  Prompts may differ in length, padded on either side.  A row ends at eos_id (one id or several, by
+        default the checkpoint's) and is filled up with the pad id; all rows ended ends the call.
+        """
+        eos = torch.tensor(as_list(self.config.eos_id if eos_id is None else eos_id), device=input_ids.device)
+        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+        cache, memory, memory_mask = [([], []) for _ in self.decoder.blocks], None, None
+        ids = input_ids
+        if self.encoder is not None:
+            memory, memory_mask = self.encoder(ids, mask), as_key_mask(mask)
+            ids = torch.full_like(ids[:, :1], self.config.start_id)
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)  # of each prompt
+        new, ended = [], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        while len(new) < max_new_tokens and not ended.all():
+            h = self.decoder(ids, mask, None, memory, memory_mask, cache)
+            logits = self.logits(h[torch.arange(len(h), device=h.device), last]).float()  # (B, V)
+            if temperature > 0:
+                token = torch.multinomial(torch.softmax(logits / temperature, -1), 1)[:, 0]
+            else:
+                token = logits.argmax(-1)
+            new.append(torch.where(ended, self.config.pad_id, token))
+            ended = ended | torch.isin(token, eos)
+            ids, last = new[-1][:, None], torch.zeros_like(last)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return torch.stack(new, 1) if new else input_ids.new_empty(len(input_ids), 0)
 
     @classmethod
     def from_pretrained(cls, folder, num_labels=None, dtype=None):
         """The model of a folder with config.json and model.safetensors, in eval mode.
 
-        num_labels: outputs of the classification head, drawn anew where the checkpoint has none of that size; without
-        it there is no head.  dtype: of the parameters, float32 by default.  Raises ValueError, naming the file, for a
-        family or setting that is not supported and for tensors that are missing, unexpected or misshapen.
+        num_labels: outputs of an encoder's classifier, drawn anew where the checkpoint has none of that size; without
+        it there is no classifier.  dtype: of the parameters, float32 by default.  Raises ValueError, naming the file,
+        for a family or setting that is not supported and for tensors that are missing, unexpected or misshapen.
         """
-        config, rename = read_config(folder)
-        config.num_labels = num_labels
-        if num_labels is None:
-            config.pooler = False
+        config, family = read_config(folder)
+        if num_labels is not None and config.decoder_layers:
+            raise ValueError(f"{folder}: num_labels is {num_labels}, but a model with a decoder has no classifier")
+        config.num_labels, config.pooler = num_labels, config.pooler and num_labels is not None
         with torch.device("meta"):  # shapes only: the values come from the file
             model = cls(config)
-        path = os.path.join(folder, "model.safetensors")
-        tensors = {new: tensor for key, tensor in read_safetensors(path).items() if (new := rename(key))}
-        if model.classifier is not None and tensors.get("classifier.weight", torch.empty(0)).shape[0] != num_labels:
-            tensors["classifier.weight"] = torch.randn(num_labels, config.d_model) * 0.02
-            tensors["classifier.bias"] = torch.zeros(num_labels)
-        expected = model.state_dict()
+        model.module_names = module_names(config, family)
+        expected = dict(model.named_parameters())  # a shared parameter once
+        path, found = read_tensors(folder)
+        tensors = rename_tensors(found, family, model.module_names, path)
+        fresh = {key for key in expected if key.startswith("classifier.")}
+        if any(key not in tensors or tensors[key].shape != expected[key].shape for key in fresh):
+            tensors |= {key: fresh_parameter(expected[key]) for key in sorted(fresh)}
         unused = {key for key in tensors if key not in expected and re.match(r"(pooler|classifier)\.", key)}
+        if config.tied:
+            unused.add("lm_head.weight")
         for key in sorted(expected.keys() | (tensors.keys() - unused)):
             if key not in tensors or key not in expected:
                 raise ValueError(f"{path}: {key} is {'missing' if key not in tensors else 'unexpected'}")
@@ -201,27 +377,27 @@ class Transformer(nn.Module):
                 raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, config.json says "
                                  f"{tuple(expected[key].shape)}")
         dtype = torch.float32 if dtype is None else dtype
-        model.load_state_dict({key: tensors[key].to(dtype, copy=True) for key in expected}, assign=True)
+        model.load_state_dict({key: tensors[key].to(dtype, copy=True) for key in expected}, assign=True, strict=False)
         return model.requires_grad_(True).eval()
 
 
-def positions(ids, mask):
-    """0, 1, 2, ... along each row, counted over tokens and not over padding; (B, L)."""
-    if mask is None:
-        return torch.arange(ids.shape[1], device=ids.device)[None]
-    return (mask.cumsum(1) - 1).clamp(min=0)
+def as_key_mask(mask):
+    return None if mask is None else mask[:, None, None, :]                               # (B, 1, 1, K)
 
 
-def attention_mask(mask, causal):
-    """(True where a key is seen, (B, 1, 1 or L, L), or None; whether SDPA itself has to hide the future)."""
-    if mask is None:
-        return None, causal
-    keep = mask[:, None, None, :]
-    if causal:
-        L = mask.shape[1]
-        past = torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
-        keep = keep & past | torch.eye(L, dtype=torch.bool, device=mask.device)  # padding sees itself: no empty row
-    return keep, False
+def as_list(ids):
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def make_classifier(config):
+    out = nn.Linear(config.d_model, config.num_labels)
+    if not config.dense_head:
+        return out
+    return nn.Sequential(OrderedDict(dense=nn.Linear(config.d_model, config.d_model), tanh=nn.Tanh(), out_proj=out))
+
+
+def fresh_parameter(like):
+    return torch.randn(like.shape) * 0.02 if like.dim() > 1 else torch.zeros(like.shape)
 
 
 def init_weights(module):
@@ -231,64 +407,211 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------- families
 
-# pattern -> our name; keys that no row matches keep their name, keys with the name None are dropped
-BERT_NAMES = [
-    (r"^bert\.", ""),
-    (r"LayerNorm\.gamma$", "LayerNorm.weight"),
-    (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    (r"^embeddings\.word_embeddings", "encoder.tokens"),
-    (r"^embeddings\.position_embeddings", "encoder.positions"),
-    (r"^embeddings\.token_type_embeddings", "encoder.types"),
-    (r"^embeddings\.LayerNorm", "encoder.embedding_norm"),
-    (r"^encoder\.layer\.", "encoder.blocks."),
-    (r"attention\.self\.query", "attention.q"),
-    (r"attention\.self\.key", "attention.k"),
-    (r"attention\.self\.value", "attention.v"),
-    (r"attention\.output\.dense", "attention.o"),
-    (r"attention\.output\.LayerNorm", "attention_norm"),
-    (r"intermediate\.dense", "mlp.up"),
-    (r"output\.dense", "mlp.down"),
-    (r"output\.LayerNorm", "mlp_norm"),
-    (r"^pooler\.dense", "pooler"),
+# module names: the checkpoint's and ours, {} for the number of the block
+BERT_MODULES = [
+    ("bert.embeddings.word_embeddings", "encoder.tokens"),
+    ("bert.embeddings.position_embeddings", "encoder.positions"),
+    ("bert.embeddings.token_type_embeddings", "encoder.types"),
+    ("bert.embeddings.LayerNorm", "encoder.embedding_norm"),
+    ("bert.encoder.layer.{}.attention.self.query", "encoder.blocks.{}.attention.q"),
+    ("bert.encoder.layer.{}.attention.self.key", "encoder.blocks.{}.attention.k"),
+    ("bert.encoder.layer.{}.attention.self.value", "encoder.blocks.{}.attention.v"),
+    ("bert.encoder.layer.{}.attention.output.dense", "encoder.blocks.{}.attention.o"),
+    ("bert.encoder.layer.{}.attention.output.LayerNorm", "encoder.blocks.{}.attention_norm"),
+    ("bert.encoder.layer.{}.intermediate.dense", "encoder.blocks.{}.mlp.up"),
+    ("bert.encoder.layer.{}.output.dense", "encoder.blocks.{}.mlp.down"),
+    ("bert.encoder.layer.{}.output.LayerNorm", "encoder.blocks.{}.mlp_norm"),
+    ("bert.pooler.dense", "pooler"),
+    ("classifier", "classifier"),
 ]
-BERT_DROPPED = r"^cls\.|^embeddings\.position_ids$"
+ROBERTA_MODULES = [(theirs.replace("bert.", "roberta.", 1), ours) for theirs, ours in BERT_MODULES[:-1]] + [
+    ("classifier.dense", "classifier.dense"),
+    ("classifier.out_proj", "classifier.out_proj"),
+]
+T5_MODULES = [
+    ("shared", "encoder.tokens"),
+    *((f"{stack}.block.{{}}.layer.0.SelfAttention.{p}", f"{stack}.blocks.{{}}.attention.{p}")
+      for stack in ("encoder", "decoder") for p in "qkvo"),
+    *((f"{stack}.block.{{}}.layer.0.layer_norm", f"{stack}.blocks.{{}}.attention_norm") for stack in ("encoder", "decoder")),
+    *((f"decoder.block.{{}}.layer.1.EncDecAttention.{p}", f"decoder.blocks.{{}}.cross.{p}") for p in "qkvo"),
+    ("decoder.block.{}.layer.1.layer_norm", "decoder.blocks.{}.cross_norm"),
+    *((f"{stack}.block.{{}}.layer.{i}.{theirs}", f"{stack}.blocks.{{}}.{ours}")
+      for stack, i in (("encoder", 1), ("decoder", 2))
+      for theirs, ours in (("DenseReluDense.wi", "mlp.up"), ("DenseReluDense.wi_0", "mlp.gate"),
+                           ("DenseReluDense.wi_1", "mlp.up"), ("DenseReluDense.wo", "mlp.down"), ("layer_norm", "mlp_norm"))),
+    *((f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{stack}.relative_bias")
+      for stack in ("encoder", "decoder")),
+    ("encoder.final_layer_norm", "encoder.final_norm"),
+    ("decoder.final_layer_norm", "decoder.final_norm"),
+    ("lm_head", "lm_head"),
+]
+LLAMA_MODULES = [
+    ("model.embed_tokens", "decoder.tokens"),
+    *((f"model.layers.{{}}.self_attn.{p}_proj", f"decoder.blocks.{{}}.attention.{p}") for p in "qkvo"),
+    *((f"model.layers.{{}}.mlp.{p}_proj", f"decoder.blocks.{{}}.mlp.{p}") for p in ("gate", "up", "down")),
+    ("model.layers.{}.input_layernorm", "decoder.blocks.{}.attention_norm"),
+    ("model.layers.{}.post_attention_layernorm", "decoder.blocks.{}.mlp_norm"),
+    ("model.norm", "decoder.final_norm"),
+    ("lm_head", "lm_head"),
+]
 
 
-def bert_name(key):
-    """Our name of a tensor of a BERT checkpoint; None for one that has no place here."""
-    for pattern, name in BERT_NAMES:
-        key = re.sub(pattern, name, key)
-    return None if re.search(BERT_DROPPED, key) else key
+def bert_config(raw):
+    raw.only(position_embedding_type=("absolute",), is_decoder=(False,), add_cross_attention=(False,))
+    return Config(
+        vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
+        heads=raw["num_attention_heads"], encoder_layers=raw["num_hidden_layers"],
+        max_length=raw["max_position_embeddings"], token_types=raw["type_vocab_size"], norm_first=False,
+        embedding_norm=True, pooler=True, activation=raw.get("hidden_act", "gelu"), eps=raw.get("layer_norm_eps", 1e-12),
+        dropout=raw.get("hidden_dropout_prob", 0.1), pad_id=raw.get("pad_token_id", 0))
+
+
+def roberta_config(raw):
+    config = bert_config(raw)
+    config.pad_id = raw.get("pad_token_id", 1)
+    config.position_offset, config.pooler, config.dense_head = config.pad_id + 1, False, True
+    config.max_length -= config.position_offset
+    return config
+
+
+def t5_config(raw):
+    raw.only(feed_forward_proj=("relu", "gated-gelu"))
+    gated, tied = raw.get("feed_forward_proj", "relu") == "gated-gelu", raw.get("tie_word_embeddings", True)
+    return Config(
+        vocab_size=raw["vocab_size"], d_model=raw["d_model"], d_ff=raw["d_ff"], heads=raw["num_heads"],
+        head_dim=raw["d_kv"], encoder_layers=raw["num_layers"],
+        decoder_layers=raw.get("num_decoder_layers", raw["num_layers"]), positions="relative", max_length=None,
+        relative_buckets=raw.get("relative_attention_num_buckets", 32),
+        relative_distance=raw.get("relative_attention_max_distance", 128), norm="rms", gated=gated,
+        activation="gelu_new" if gated else "relu", qkv_bias=False, bias=False, attention_scale=1.0, tied=tied,
+        logit_scale=raw["d_model"] ** -0.5 if raw.get("scale_decoder_outputs", tied) else 1.0, eps=raw.get("layer_norm_epsilon", 1e-6),
+        dropout=raw.get("dropout_rate", 0.1), pad_id=raw.get("pad_token_id", 0),
+        start_id=raw.get("decoder_start_token_id", 0), eos_id=raw.get("eos_token_id", 1))
+
+
+def llama_config(raw, qkv_bias=False):
+    raw.only(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), use_sliding_window=(False,),
+             partial_rotary_factor=(1, 1.0))
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind not in ("default", "llama3"):
+        raw.refuse("rope_type", kind, ("default", "llama3"))
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
+    pad = raw.get("pad_token_id")
+    return Config(
+        vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
+        heads=raw["num_attention_heads"], kv_heads=raw.get("num_key_value_heads"), head_dim=raw.get("head_dim"),
+        decoder_layers=raw["num_hidden_layers"], positions="rotary", max_length=raw["max_position_embeddings"],
+        rope_theta=theta, rope_scaling={k: rope[k] for k in LLAMA3_SCALING} if kind == "llama3" else {}, norm="rms",
+        gated=True, activation="silu", qkv_bias=qkv_bias, bias=False, tied=raw.get("tie_word_embeddings", False),
+        eps=raw.get("rms_norm_eps", 1e-6), pad_id=0 if pad is None else pad, eos_id=raw.get("eos_token_id"))
+
+
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+FAMILIES = {  # model_type: (config, module names, prefix that a file may lack)
+    "bert": (bert_config, BERT_MODULES, "bert."),
+    "roberta": (roberta_config, ROBERTA_MODULES, "roberta."),
+    "t5": (t5_config, T5_MODULES, ""),
+    "llama": (llama_config, LLAMA_MODULES, "model."),
+    "qwen2": (partial(llama_config, qkv_bias=True), LLAMA_MODULES, "model."),
+}
+DROPPED = re.compile(r"^cls\.|^lm_head\.(dense|layer_norm|decoder|bias)|position_ids$|embed_tokens\.weight$|"
+                     r"rotary_emb\.inv_freq$|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
+
+
+class RawConfig(dict):
+    """config.json, whose complaints name the file."""
+
+    def __init__(self, path):
+        self.path = path
+        with open(path, encoding="utf-8") as file:
+            try:
+                super().__init__(json.load(file))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: not a JSON object: {error}") from None
+
+    def __missing__(self, key):
+        raise ValueError(f"{self.path}: {key} is missing")
+
+    def only(self, **expected):
+        for key, values in expected.items():
+            if key in self and self[key] not in (*values, None):
+                self.refuse(key, self[key], values)
+
+    def refuse(self, key, value, expected):
+        raise ValueError(f"{self.path}: {key} is {value!r}; expected {' or '.join(map(repr, expected))}")
 
 
 def read_config(folder):
-    """(Config, function from the checkpoint's tensor names to ours) of a folder's config.json."""
-    path = os.path.join(folder, "config.json")
+    """(Config, model_type) of a folder's config.json."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder; expected one with config.json, model.safetensors, tokenizer.json")
-    with open(path, encoding="utf-8") as file:
+    raw = RawConfig(os.path.join(folder, "config.json"))
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raw.refuse("model_type", family, FAMILIES)
+    config = FAMILIES[family][0](raw)
+    if config.activation not in ACTIVATIONS:
+        raw.refuse("hidden_act", config.activation, ACTIVATIONS)
+    return config, family
+
+
+def module_names(config, family):
+    """{module name in the checkpoint: ours}; turned round it leads back to the Hugging Face tree."""
+    rows, gated = FAMILIES[family][1], config.gated
+    rows = [(a, b) for a, b in rows if not a.endswith(("wi",) if gated else ("wi_0", "wi_1"))]
+    blocks = range(max(config.encoder_layers, config.decoder_layers))
+    return {a.replace("{}", str(i)): b.replace("{}", str(i)) for a, b in rows for i in (blocks if "{}" in a else [0])}
+
+
+def rename_tensors(tensors, family, names, path):
+    """{our parameter name: tensor}; what no model here has is left out, what is unknown is refused."""
+    prefix, renamed = FAMILIES[family][2], {}
+    for key, tensor in tensors.items():
+        module, _, last = key.rpartition(".")
+        last = {"gamma": "weight", "beta": "bias"}.get(last, last)
+        ours = names.get(module) or names.get(prefix + module)
+        if ours is not None:
+            renamed[f"{ours}.{last}"] = tensor
+        elif not DROPPED.search(key):
+            raise ValueError(f"{path}: {key} is unexpected")
+    return renamed
+
+
+def read_tensors(folder):
+    """(path, {name: tensor}) of model.safetensors or pytorch_model.bin, in one file or in the shards of an index."""
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return path, read(path)
+        index = path + ".index.json"
+        if os.path.isfile(index):
+            files = RawConfig(index)["weight_map"]
+            for file in files.values() if isinstance(files, dict) else [files]:
+                if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+                    raise ValueError(f"{index}: {file!r} is no plain file name")
+            tensors = {}
+            for file in sorted(set(files.values())):
+                shard = read(os.path.join(folder, file))
+                for key in shard:
+                    if files.get(key) != file:
+                        raise ValueError(f"{index}: {key} is in {file}, not in {files.get(key)}")
+                tensors |= shard
+            if files.keys() - tensors.keys():
+                raise ValueError(f"{index}: {min(files.keys() - tensors.keys())} is in no file")
+            return index, tensors
+    raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin, nor an index of either")
+
+
+def read_bin(path):
+    """{name: tensor} of a file that torch.save wrote."""
+    with open(path, "rb") as file:
         try:
-            raw = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(raw, dict) or raw.get("model_type") != "bert":
-        family = raw.get("model_type") if isinstance(raw, dict) else raw
-        raise ValueError(f"{path}: model_type is {family!r}; expected 'bert'")
-    expected = {"position_embedding_type": ("absolute",), "hidden_act": tuple(ACTIVATIONS), "is_decoder": (False,)}
-    for key, values in expected.items():
-        if raw.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key} is {raw[key]!r}; expected one of {values}")
-    try:
-        return Config(
-            vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
-            heads=raw["num_attention_heads"], encoder_layers=raw["num_hidden_layers"],
-            max_length=raw["max_position_embeddings"], token_types=raw["type_vocab_size"], norm_first=False,
-            embedding_norm=True, pooler=True, activation=raw.get("hidden_act", "gelu"),
-            eps=raw.get("layer_norm_eps", 1e-12), dropout=raw.get("hidden_dropout_prob", 0.1)), bert_name
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]} is missing") from None
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever a broken file makes the unpickler stumble over
+            raise ValueError(f"{path}: not a file of tensors ({type(error).__name__})") from None
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
