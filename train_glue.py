@@ -11,6 +11,7 @@ The methods of one seed share data order, initial adapter and initial head: comp
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -76,8 +77,8 @@ TASKS = {
 
 def read_tsv(task, path):
     """[(sentences, label)] of a GLUE file: no quoting, a byte-order mark allowed.  ValueError names file, line, value."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        lines = [line.rstrip("\r\n").split("\t") for line in file]
+    with open(path, "rb") as file:
+        lines = [decode(line, f"{path}, line {i}").split("\t") for i, line in enumerate(file, 1)]
     columns, start = [*task.text, task.label], 0
     if isinstance(task.label, str):
         header, start = lines[0] if lines else [], 1
@@ -96,6 +97,13 @@ def read_tsv(task, path):
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
+
+
+def decode(line, where):
+    try:
+        return line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8: {error}") from None
 
 
 def read_label(task, text, where):
@@ -274,7 +282,7 @@ PRETRAINING = {"batch_size": 128, "lr": 2e-3, "chosen": 0.4, "hidden": 0.4, "rep
 
 
 def pretrained_base(folder, steps, device, bf16):
-    """State dict of the embedded task's base: read from the cache, or pretrained now and put there."""
+    """Path of the embedded task's base, a state dict; pretrained now if the folder does not have it."""
     language = [sentence(random.Random(i)) for i in range(50)]  # another grammar, another base
     settings = [asdict(EMBEDDED_CONFIG), PRETRAINING, steps, bf16, vocabulary(), language]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
@@ -284,12 +292,22 @@ def pretrained_base(folder, steps, device, bf16):
         os.makedirs(folder, exist_ok=True)
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)
-    return torch.load(path, map_location=device, weights_only=True)
+    return path
+
+
+def corrupt(ids):
+    """(what the model is shown, the words it has to predict): each chosen one is hidden, replaced by any word, or kept."""
+    special, mask = 4, 3  # [PAD] [CLS] [SEP] [MASK] come first in the vocabulary
+    chosen = (torch.rand(ids.shape, device=ids.device) < PRETRAINING["chosen"]) & (ids >= special)
+    dice = torch.rand(ids.shape, device=ids.device)
+    shown = torch.where(chosen & (dice < PRETRAINING["hidden"]), mask, ids)
+    any_word = torch.randint_like(ids, special, EMBEDDED_CONFIG.vocab_size)
+    return torch.where(chosen & (dice > 1 - PRETRAINING["replaced"]), any_word, shown), chosen
 
 
 def pretrain(steps, device, bf16):
-    """Masked-token denoising: some words are chosen, each hidden, replaced by any word, or kept; predict them all."""
-    settings, vocab, rng = PRETRAINING, EMBEDDED_CONFIG.vocab_size, random.Random(0)
+    """Masked-token denoising."""
+    settings, rng = PRETRAINING, random.Random(0)
     rows = [((" ".join(sentence(rng)),), 0) for _ in range(settings["sentences"])]
     examples = encode(embedded_tokenizer(), rows, EMBEDDED_CONFIG.max_length)
     torch.manual_seed(0)
@@ -300,10 +318,7 @@ def pretrain(steps, device, bf16):
     bar = tqdm(range(steps), desc="pretraining the base", disable=None)
     for _, batch in zip(bar, batches):
         ids, _, mask, _ = collate([examples[i] for i in batch], 0, device)
-        chosen = (torch.rand(ids.shape, device=device) < settings["chosen"]) & (ids > 3)  # words, not special tokens
-        dice = torch.rand(ids.shape, device=device)
-        shown = torch.where(chosen & (dice < settings["hidden"]), 3, ids)                                # 3: [MASK]
-        shown = torch.where(chosen & (dice > 1 - settings["replaced"]), torch.randint_like(ids, 4, vocab), shown)
+        shown, chosen = corrupt(ids)
         with precision(device, bf16):
             logits = F.linear(model(shown, mask)[chosen], model.encoder.tokens.weight)
             loss = F.cross_entropy(logits.float(), ids[chosen])
@@ -501,40 +516,40 @@ def train(args, task, method, seed, experiment, folder):
                        **metrics, "predicted": predicted})
     bar.close()
     best = max(epochs, key=lambda row: row[experiment.metric])
-    result = {"method": method, "seed": seed, "rho": rho, "parameters": parameter_counts(model),
+    result = {"method": method, "seed": seed, "config": run_config(args, method, seed, experiment),
+              "parameters": parameter_counts(model),
               "metrics": {**metrics, **{f"best_{name}": best[name] for name in metrics}}, "best_epoch": best["epoch"],
               "one_class": any(max(counts) == sum(counts) for counts in predicted.values()), "epochs": epochs,
               "clipped_fraction": statistics.fmean(row["clipped"] for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log),
               "peak_memory_bytes": peak_memory(args.device)}
-    write_run(args, result, log, model, experiment, folder)
+    write_run(result, log, model, experiment, folder)
     return result
 
 
-def run_config(args, method, seed):
-    """What a run depends on: all settings but the other runs' and those that say where its files go."""
+def run_config(args, method, seed, experiment):
+    """What a run depends on: its settings and its files, but not the other runs nor where its own files go."""
     others = {"method", "seeds", "rho", "out", "reuse"}
-    return {"method": method, "seed": seed, "rho": radius(args, method),
+    return {"method": method, "seed": seed, "rho": radius(args, method), "files": experiment.files,
             **{name: value for name, value in vars(args).items() if name not in others}}
 
 
-def finished_run(args, method, seed, folder):
-    """The metrics of a run that was completed in this folder with the same settings, or None."""
+def finished_run(config, folder):
+    """The metrics of a run that was completed in this folder with the same settings and files, or None."""
     try:
-        with open(os.path.join(folder, "config.json")) as config, open(os.path.join(folder, "metrics.json")) as metrics:
-            return json.load(metrics) if json.load(config) == run_config(args, method, seed) else None
+        with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as file:
+            run = json.load(file)
     except (OSError, ValueError):
         return None
+    return run if run["config"] == config else None
 
 
-def write_run(args, result, log, model, experiment, folder):
-    os.makedirs(folder, exist_ok=True)
-    config = run_config(args, result["method"], result["seed"])
-    write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=2))
+def write_run(result, log, model, experiment, folder):
+    write_text(os.path.join(folder, "config.json"), json.dumps(result["config"], indent=2))
     write_text(os.path.join(folder, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
     save_adapter(model, folder)
     draw_curves([result], experiment.metric, os.path.join(folder, "curves.png"))
-    write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))  # last: the run is complete
+    write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))  # last: what --reuse looks at
 
 
 def write_text(path, text):
@@ -547,7 +562,7 @@ def reset_peak_memory(device):
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.path.exists("/proc/self/clear_refs"):
-        with open("/proc/self/clear_refs", "w") as file:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # Linux: forget the largest resident size so far
 
 
@@ -558,7 +573,8 @@ def peak_memory(device):
     if not os.path.exists("/proc/self/status"):
         return None
     with open("/proc/self/status") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+        peaks = [1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM")]
+    return peaks[0] if peaks else None
 
 
 # ---------------------------------------------------------------------------------------------- all runs together
@@ -570,15 +586,26 @@ class Experiment:
     data: object         # seed -> (training examples, {name: evaluation examples})
     pad_id: int
     metric: str          # the first metric: chooses the best epoch
+    files: list          # what was read: [path, size, time of change]
+
+
+def file_stamps(*paths):
+    return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
 
 
 def load_embedded(args, task):
     tokenizer = embedded_tokenizer()
-    state = pretrained_base("runs", args.pretraining_steps, torch.device(args.device), args.bf16)
+
+    def untrained():
+        return Transformer(replace(EMBEDDED_CONFIG, num_labels=2))
+
+    require_ranks_that_fit(args, untrained)  # before minutes of pretraining
+    path = pretrained_base("runs", args.pretraining_steps, torch.device(args.device), args.bf16)
+    state = torch.load(path, map_location=args.device, weights_only=True)
 
     def build():
-        model = Transformer(replace(EMBEDDED_CONFIG, num_labels=2))
-        model.load_state_dict(state, strict=False)  # all but the head
+        model = untrained()
+        model.load_state_dict({**model.state_dict(), **state})  # all but the head
         return model
 
     def data(seed):
@@ -586,19 +613,24 @@ def load_embedded(args, task):
                           for split, count in (("train", args.limit), ("test", EMBEDDED_TEST)))
         return add_label_noise(examples, args.label_noise, 2, random.Random(f"noise-{seed}")), {"test": test}
 
-    return Experiment(build, data, 0, task.metrics[0])
+    return Experiment(build, data, 0, task.metrics[0], file_stamps(path))
 
 
 def load_glue(args, task):
     build = partial(Transformer.from_pretrained, args.model, num_labels=len(task.labels) or 1)
-    most = build().config.max_length
-    if args.max_length > most:
-        raise ValueError(f"--max-length is {args.max_length}; the model has {most} positions")
+    config = build().config
+    if args.max_length > config.max_length:
+        raise ValueError(f"--max-length is {args.max_length}; the model has {config.max_length} positions")
+    require_ranks_that_fit(args, build)
     tokenizer = load_tokenizer(args.model)
     pad_id = tokenizer.padding["pad_id"]
-    examples, *dev = (encode(tokenizer, read_tsv(task, os.path.join(args.data, name + ".tsv")), args.max_length)
-                      for name in ("train", *task.dev))
+    paths = [os.path.join(args.data, name + ".tsv") for name in ("train", *task.dev)]
+    examples, *dev = (encode(tokenizer, read_tsv(task, path), args.max_length) for path in paths)
     sets = dict(zip(task.dev, dev))
+    for what, column, least, most in (("token", 0, pad_id, config.vocab_size), ("segment", 1, 0, config.token_types)):
+        largest = max(least, *(max(row[column]) for rows in (examples, *dev) for row in rows))
+        if largest >= most > 0:
+            raise ValueError(f"{os.path.join(args.model, 'tokenizer.json')}: gives {what} {largest}; the model has {most}")
 
     def data(seed):
         some = examples
@@ -606,7 +638,13 @@ def load_glue(args, task):
             some = random.Random(f"limit-{seed}").sample(examples, args.limit)
         return add_label_noise(some, args.label_noise, len(task.labels), random.Random(f"noise-{seed}")), sets
 
-    return Experiment(build, data, pad_id, metric_name(task.metrics[0], task.dev[0], sets))
+    checkpoint = [os.path.join(args.model, name) for name in sorted(os.listdir(args.model))]
+    return Experiment(build, data, pad_id, metric_name(task.metrics[0], task.dev[0], sets),
+                      file_stamps(*paths, *filter(os.path.isfile, checkpoint)))
+
+
+def require_ranks_that_fit(args, build):
+    prepare(args, "bi-lora" if "bi-lora" in args.method else "lora", 0, build)
 
 
 def mean_stderr(values):
@@ -694,47 +732,63 @@ def number(kind, least, below=math.inf):
 def device_name(text):
     """An argparse type: the name of a device that this machine has."""
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}, {str(error).splitlines()[0]}") from None
     return text
 
 
 def parse_arguments(argv):
-    parser = Parser(prog="train_glue.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    epilog = "Defaults by task (the paper's, where the paper has the task):\n" + "".join(
+        f"  {name:<9} --lr {task.lr} --batch-size {task.batch_size} --epochs {task.epochs} --rho {task.rho[0]} "
+        f"{task.rho[1]} --seeds {' '.join(map(str, task.seeds))}\n" for name, task in TASKS.items())
+    parser = Parser(prog="train_glue.py", description=__doc__, epilog=epilog,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("task")
     group.add_argument("--task", choices=TASKS, default="embedded", help="default: %(default)s")
-    group.add_argument("--data", help="folder with the task's train.tsv and dev.tsv")
-    group.add_argument("--model", help="folder with config.json, model.safetensors and tokenizer.json")
-    group.add_argument("--limit", type=number(int, 1), help=f"training examples, drawn per seed (default: all; embedded {EMBEDDED_TRAIN})")
-    group.add_argument("--label-noise", type=number(float, 0, 1), help="fraction of training labels replaced (default: 0; embedded 0.1)")
+    group.add_argument("--data", help="folder with the GLUE task's train.tsv and dev.tsv")
+    group.add_argument("--model", help="folder with config.json, model.safetensors and tokenizer.json, for a GLUE task")
+    group.add_argument("--limit", type=number(int, 1),
+                       help=f"training examples, drawn by the seed (default: all; embedded: {EMBEDDED_TRAIN})")
+    group.add_argument("--label-noise", type=number(float, 0, 1),
+                       help="fraction of training labels replaced (default: 0; embedded: 0.1)")
     group.add_argument("--pretraining-steps", type=number(int, 0), default=2000,
                        help="of the embedded task's base; 0: a random base (default: %(default)s)")
-    group.add_argument("--max-length", type=number(int, 1), default=256, help="tokens a row (default: %(default)s)")
-    group = parser.add_argument_group("method; where no default is shown it is the paper's for the task")
+    group.add_argument("--max-length", type=number(int, 1), help="tokens a row, for a GLUE task (default: 256)")
+    group = parser.add_argument_group("method")
     group.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all three")
     group.add_argument("--rank", type=number(int, 1), default=8, help="r (default: %(default)s)")
     group.add_argument("--aux-rank", type=number(int, 1), default=8, help="r2, Bi-LoRA (default: %(default)s)")
-    group.add_argument("--alpha", type=number(float, 0), default=16, help="scale s = alpha / r (default: %(default)s)")
-    group.add_argument("--rho", type=number(float, 0), nargs="+", help="radius; two values: LoRA-SAM's and Bi-LoRA's")
-    group.add_argument("--lr", type=number(float, 0), help="peak learning rate, eta1")
+    group.add_argument("--alpha", type=number(float, 1e-6), default=16, help="scale s = alpha / r (default: %(default)s)")
+    group.add_argument("--rho", type=number(float, 0), nargs="+",
+                       help="radius; two values: LoRA-SAM's and Bi-LoRA's (default: by task)")
+    group.add_argument("--lr", type=number(float, 0), help="peak learning rate, eta1 (default: by task)")
     group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent (default: --lr)")
-    group.add_argument("--epochs", type=number(int, 1))
-    group.add_argument("--batch-size", type=number(int, 1), help="rows a step")
+    group.add_argument("--epochs", type=number(int, 1), help="passes over the training set (default: by task)")
+    group.add_argument("--batch-size", type=number(int, 1), help="rows a step (default: by task)")
     group.add_argument("--micro-batch", type=number(int, 1), help="rows a forward pass (default: --batch-size)")
     group.add_argument("--dropout", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
     group = parser.add_argument_group("run")
-    group.add_argument("--seeds", type=number(int, 0), nargs="+", help="default: 0 1 2; embedded 0 1 2 3 4")
-    group.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    group.add_argument("--seeds", type=number(int, 0, 2**63), nargs="+", help="default: by task")
+    group.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="default: %(default)s")
     group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
     group.add_argument("--reuse", action=argparse.BooleanOptionalAction, default=False,
-                       help="take runs that --out holds with the same settings, finished, instead of training them again")
+                       help="take runs that --out holds, finished with the same settings, instead of training again")
     group.add_argument("--out", help="folder for the results (default: runs/TASK)")
     args = parser.parse_args(argv)
-    task = TASKS[args.task]
-    embedded = args.task == "embedded"
+    check_arguments(parser, args)
+    return parser, args
+
+
+def check_arguments(parser, args):
+    """Fill in the task's defaults; refuse what does not go together."""
+    task, embedded = TASKS[args.task], args.task == "embedded"
+    given = [name for name in ("data", "model", "max_length") if getattr(args, name) is not None]
+    if embedded and given:
+        parser.error(f"--{given[0].replace('_', '-')} is for a GLUE task; choose one with --task")
     defaults = {"lr": task.lr, "rho": list(task.rho), "epochs": task.epochs, "batch_size": task.batch_size,
-                "seeds": list(task.seeds), "limit": EMBEDDED_TRAIN if embedded else None,
+                "seeds": list(task.seeds), "limit": EMBEDDED_TRAIN if embedded else None, "max_length": 256,
                 "label_noise": 0.1 if embedded else 0.0, "out": os.path.join("runs", args.task)}
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -746,7 +800,6 @@ def parse_arguments(argv):
         parser.error(f"--task {args.task} needs --data DIR and --model DIR")
     if args.label_noise and not task.labels:
         parser.error("--label-noise needs a task with classes")
-    return parser, args
 
 
 def main(argv=None):
@@ -754,8 +807,8 @@ def main(argv=None):
     task = TASKS[args.task]
     try:
         experiment = (load_embedded if args.task == "embedded" else load_glue)(args, task)
-        prepare(args, "bi-lora" if "bi-lora" in args.method else "lora", 0, experiment.build)  # do the ranks fit?
-        os.makedirs(args.out, exist_ok=True)
+        for seed, method in itertools.product(args.seeds, args.method):
+            os.makedirs(os.path.join(args.out, f"{method}-seed{seed}"), exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     examples, sets = experiment.data(args.seeds[0])
@@ -763,22 +816,21 @@ def main(argv=None):
     majority = scores_of(task, {name: [constant] * len(rows) for name, rows in sets.items()}, sets)
     print(f"{args.task}: {len(examples)} training rows; " + ", ".join(f"{len(r)} rows in {n}" for n, r in sets.items()))
     results = []
-    for seed in args.seeds:
-        for method in args.method:
-            folder = os.path.join(args.out, f"{method}-seed{seed}")
-            try:
-                run = args.reuse and finished_run(args, method, seed, folder)
-                run = run or train(args, task, method, seed, experiment, folder)
-            except FloatingPointError as error:
-                raise SystemExit(f"train_glue.py: {method}, seed {seed}: {error}")
-            if seed == args.seeds[0]:
-                print(f"{method}: parameters " + ", ".join(f"{k} {v:,}" for k, v in run["parameters"].items())
-                      + "; kept at inference: primary, merged or not, and head")
-            results.append(run)
-            summary, differences = summarize(results)
-            report = {"task": args.task, "model": args.model or "embedded", "config": vars(args), "majority": majority,
-                      "results": results, "summary": summary, "difference_to_lora": differences}
-            write_text(os.path.join(args.out, "metrics.json"), json.dumps(report, indent=2))
+    for seed, method in itertools.product(args.seeds, args.method):
+        folder = os.path.join(args.out, f"{method}-seed{seed}")
+        try:
+            run = finished_run(run_config(args, method, seed, experiment), folder) if args.reuse else None
+            run = run or train(args, task, method, seed, experiment, folder)
+        except FloatingPointError as error:
+            raise SystemExit(f"train_glue.py: {method}, seed {seed}: {error}")
+        if seed == args.seeds[0]:
+            print(f"{method}: parameters " + ", ".join(f"{k} {v:,}" for k, v in run["parameters"].items())
+                  + "; kept at inference: primary, merged or not, and head")
+        results.append(run)
+        summary, differences = summarize(results)
+        report = {"task": args.task, "model": args.model or "embedded", "config": vars(args), "majority": majority,
+                  "results": results, "summary": summary, "difference_to_lora": differences}
+        write_text(os.path.join(args.out, "metrics.json"), json.dumps(report, indent=2))
     draw_curves(results, experiment.metric, os.path.join(args.out, "curves.png"))
     print_table(results, summary, differences, majority)
     return report

@@ -80,7 +80,7 @@ def time_methods(methods, args):
 
 def memory_alone(method, argv):
     command = [sys.executable, os.path.abspath(__file__), *argv, "--memory-of", method]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def main(argv=None):
@@ -104,7 +104,7 @@ def main(argv=None):
         reset_peak_memory(args.device)
         for _ in range(3):
             step()
-        print(peak_memory(args.device))
+        print(json.dumps(peak_memory(args.device)))  # null where the system does not tell
         return None
     methods = [*METHODS, *(["peft"] if args.peft else [])]
     seconds = time_methods(methods, args)
@@ -119,7 +119,7 @@ def main(argv=None):
         report[method] = {"seconds": statistics.median(seconds[method]), "ratio": middle, "quartiles": [low, high],
                           "peak_memory_bytes": memory_alone(method, argv)}
         print(f"{method:<10} {report[method]['seconds']:<8.4f} {middle:<8.3f} {f'{low:.3f} - {high:.3f}':<16} "
-              f"{report[method]['peak_memory_bytes'] / 2**20:.0f}")
+              f"{(report[method]['peak_memory_bytes'] or 0) / 2**20:.0f}")
     if args.out:
         with open(args.out + ".tmp", "w") as file:
             json.dump({"config": vars(args), "machine": machine, "methods": report}, file, indent=2)

@@ -22,7 +22,8 @@ from bilora import add_lora, load_adapter
 from model import Transformer
 from test_model import BERT, bert, write_checkpoint
 from train_glue import (METHODS, TASKS, add_label_noise, batch_order, collate, cosine_schedule, embedded_rows,
-                        embedded_tokenizer, encode, forward_backward, inflected, main, read_tsv, score, sentence, vocabulary)
+                        embedded_tokenizer, encode, forward_backward, inflected, main, parse_arguments, predict, read_tsv, score, sentence,
+                        vocabulary)
 
 # ------------------------------------------------------------------------------------------ the embedded language
 
@@ -192,6 +193,26 @@ def test_bad_rows_are_named(tmp_path, task, text, message):
     assert message in str(caught.value) and str(caught.value).startswith(path)
 
 
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "bad.tsv").write_bytes(MRPC.encode() + b"1\t7\t8\tcaf\xe9\tb\n")
+    with pytest.raises(ValueError, match="bad.tsv, line 2: not UTF-8"):
+        read_tsv(TASKS["mrpc"], tmp_path / "bad.tsv")
+
+
+def test_task_table():
+    """The paper's settings where it has the task: learning rate, batch, epochs, radii of LoRA-SAM and Bi-LoRA."""
+    settings = {name: (task.lr, task.batch_size, task.epochs, task.rho) for name, task in TASKS.items()}
+    short, long, rte = (5e-4, 32, 3, (0.01, 0.05)), (5e-4, 32, 10, (0.01, 0.05)), (5e-4, 32, 10, (0.05, 0.1))
+    assert settings == {"mnli": short, "sst2": short, "qnli": short, "qqp": short, "cola": long, "mrpc": long,
+                        "stsb": long, "rte": rte, "embedded": (2e-3, 32, 10, (0.01, 0.05))}
+    columns = {name: (task.text, task.label) for name, task in TASKS.items() if name != "embedded"}
+    two = ("sentence1", "sentence2")
+    assert columns == {
+        "mrpc": (("#1 String", "#2 String"), "Quality"), "cola": ((3,), 1), "sst2": (("sentence",), "label"),
+        "rte": (two, "label"), "qnli": (("question", "sentence"), "label"),
+        "qqp": (("question1", "question2"), "is_duplicate"), "mnli": (two, "gold_label"), "stsb": (two, "score")}
+
+
 @pytest.mark.skipif("GLUE_DATA" not in os.environ, reason="GLUE_DATA is not set to a folder with GLUE's TSV files")
 @pytest.mark.parametrize("task, folder, train, counts", [
     ("mrpc", "MRPC", 3668, [129, 279]), ("cola", "CoLA", 8551, [322, 721]), ("sst2", "SST-2", 67349, [428, 444])])
@@ -299,6 +320,25 @@ def test_summary_pairs_the_seeds():
     assert differences == {"bi-lora": {"accuracy": {"mean": pytest.approx(0.15), "stderr": pytest.approx(0.05), "n": 2}}}
 
 
+@torch.no_grad()
+def test_predictions_are_each_rows_own_in_eval_mode():
+    """300 rows of unsorted lengths, in two segments, against each row alone; the auxiliary pair must not be seen."""
+    model = bert()
+    layers = add_lora(model, 2, 16, 2)
+    for layer in layers:
+        layer.lora_B.normal_(std=0.1)
+        layer.aux_B.normal_()
+    rng = random.Random(0)
+    rows = [([1, *rng.choices(range(4, 50), k=n), 2], [0] * 2 + [1] * n, 0) for n in rng.choices(range(1, 10), k=300)]
+    model.train()
+    found = predict(model, TASKS["mnli"], rows, 0, torch.device("cpu"), False)
+    model.eval()
+    alone = [model(torch.tensor([ids]), None, torch.tensor([types])) for ids, types, _ in rows]
+    assert found == [logits.argmax().item() for logits in alone] and len(set(found)) == 3
+    scores = predict(model, TASKS["stsb"], rows, 0, torch.device("cpu"), False)
+    assert scores == pytest.approx([logits[0, 0].item() for logits in alone], abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------ runs
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnop"]
@@ -344,11 +384,15 @@ def test_a_run_of_each_method(glue_folder, method, capsys):
                                                             "adapter_model.bin", "metrics.json", "curves.png"}
         assert json.loads((folder / "metrics.json").read_text()) == run
         assert run["parameters"] == {"primary": adapted, "auxiliary": auxiliary, "head": 2 * 16 + 2}
-        assert run["metrics"].keys() == {"accuracy", "f1", "best_accuracy", "best_f1"}
-        assert run["metrics"]["best_accuracy"] == max(e["accuracy"] for e in run["epochs"])
-        assert run["step_seconds"] > 0 and run["peak_memory_bytes"] > 2**20
+        last, best = run["epochs"][-1], run["epochs"][run["best_epoch"] - 1]
+        assert best["accuracy"] == max(e["accuracy"] for e in run["epochs"]) and len(run["epochs"]) == 2
+        assert run["metrics"] == {"accuracy": last["accuracy"], "f1": last["f1"], "best_accuracy": best["accuracy"],
+                                  "best_f1": best["f1"]}
+        assert run["step_seconds"] > 0 and (run["peak_memory_bytes"] or 2**21) > 2**20
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6] and all(math.isfinite(row["loss"]) for row in log)
+        assert [row["lr"] for row in log] == pytest.approx(
+            [5e-4] + [5e-4 * 0.5 * (1 + math.cos(math.pi * t / 5)) for t in range(5)])  # one step of warm-up, five down
         norms = [row["perturbation"] for row in log]
         if method == "lora":
             assert norms == [0] * 6
@@ -365,22 +409,40 @@ def test_a_run_of_each_method(glue_folder, method, capsys):
         assert model.encoder.blocks[0].attention.q.lora_B.any()
 
 
-def test_the_methods_of_a_seed_are_paired(glue_folder):
-    """Fresh adapters change nothing, so the first batch's loss is the same; other seeds differ; a rerun repeats."""
-    report = main([*RUN, "--seeds", "0", "1", "--out", "out", "--bf16", "--micro-batch", "3"])
+def losses(folder, method, seed=0):
+    return [json.loads(line)["loss"] for line in (folder / f"{method}-seed{seed}" / "log.jsonl").read_text().splitlines()]
 
-    def first_loss(method, seed):
-        return json.loads((glue_folder / "out" / f"{method}-seed{seed}" / "log.jsonl").read_text().splitlines()[0])["loss"]
+
+def test_the_methods_of_a_seed_are_paired(glue_folder):
+    """Fresh adapters change nothing, so that the first batch's loss is the same; seeds differ; a rerun repeats."""
+    run = [*RUN, "--seeds", "0", "1", "--micro-batch", "3"]
+    report, out = main([*run, "--out", "out"]), glue_folder / "out"
     for seed in (0, 1):
-        assert first_loss("lora", seed) == first_loss("lora-sam", seed) == first_loss("bi-lora", seed)
-    assert first_loss("lora", 0) != first_loss("lora", 1)
+        assert losses(out, "lora", seed)[0] == losses(out, "lora-sam", seed)[0] == losses(out, "bi-lora", seed)[0]
+    assert losses(out, "lora", 0)[0] != losses(out, "lora", 1)[0]
     assert set(report["difference_to_lora"]) == {"lora-sam", "bi-lora"}
-    again = main([*RUN, "--seeds", "0", "1", "--out", "again", "--bf16", "--micro-batch", "3"])
+    again = main([*run, "--out", "again"])
     for a, b in zip(report["results"], again["results"]):
         assert a["epochs"] == b["epochs"]
 
 
-def test_reuse_takes_finished_runs_with_the_same_settings(glue_folder):
+def test_without_a_perturbation_all_methods_are_lora(glue_folder):
+    """rho = 0, or an ascent of no speed: the same losses to the last step, so the same data order, dropout masks and
+    learning rates."""
+    run, out = [*RUN, "--dropout", "0.2"], glue_folder / "out"
+    main([*run, "--seeds", "0", "--rho", "0", "--out", "out"])
+    assert losses(out, "lora-sam") == losses(out, "lora")
+    assert losses(out, "bi-lora") == pytest.approx(losses(out, "lora"), rel=1e-5)  # other kernels: rank r + r2
+    main([*run, "--seeds", "0", "--aux-lr", "0", "--method", "bi-lora", "--out", "still"])
+    assert losses(glue_folder / "still", "bi-lora") == pytest.approx(losses(out, "lora"), rel=1e-5)
+    main([*run, "--seeds", "0", "--method", "lora", "--out", "clear", "--dropout", "0"])
+    assert losses(glue_folder / "clear", "lora")[0] != losses(out, "lora")[0]
+    main([*run, "--seeds", "0", "--method", "lora", "--out", "half", "--bf16"])
+    assert losses(glue_folder / "half", "lora") != losses(out, "lora")
+    assert losses(glue_folder / "half", "lora") == pytest.approx(losses(out, "lora"), rel=0.05)
+
+
+def test_reuse_takes_finished_runs_with_the_same_settings(glue_folder, monkeypatch):
     run = [*RUN, "--method", "bi-lora", "--out", "out"]
     first = main([*run, "--seeds", "0"])
     log = glue_folder / "out/bi-lora-seed0/log.jsonl"
@@ -393,6 +455,36 @@ def test_reuse_takes_finished_runs_with_the_same_settings(glue_folder):
     log.write_text("kept")
     main([*run, "--seeds", "0", "--lr", "0.01"])
     assert log.read_text() != "kept"  # not asked for: trained again
+    log.write_text("kept")
+    with open("data/dev.tsv", "a") as file:
+        file.write("1\t1\t2\ta\tb\n")
+    main([*run, "--seeds", "0", "--lr", "0.01", "--reuse"])
+    assert log.read_text() != "kept"  # another file: trained again
+    log.write_text("kept")
+
+    def interrupted(model, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_glue, "save_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([*run, "--seeds", "0", "--lr", "0.02"])
+    monkeypatch.undo()
+    monkeypatch.chdir(glue_folder)
+    log.write_text("kept")
+    main([*run, "--seeds", "0", "--lr", "0.02", "--reuse"])
+    assert log.read_text() != "kept"  # interrupted while it was written: trained again
+
+
+def test_limit_and_noise_are_drawn_by_the_seed(glue_folder):
+    _, args = parse_arguments([*RUN, "--limit", "9", "--label-noise", "0.3"])
+    experiment = train_glue.load_glue(args, TASKS["mrpc"])
+    _, clean = parse_arguments([*RUN])
+    everything = [row for row, _ in zip(train_glue.load_glue(clean, TASKS["mrpc"]).data(0)[0], range(99))]
+    subsets = [experiment.data(seed)[0] for seed in (0, 0, 1)]
+    assert subsets[0] == subsets[1] != subsets[2] and len(subsets[0]) == 9
+    labels = {tuple(ids): label for ids, _, label in everything}
+    assert sum(labels[tuple(ids)] != label for ids, _, label in subsets[0]) == 3
+    assert [label for *_, label in experiment.data(0)[1]["dev"]] == [i % 2 for i in range(10)]
 
 
 def test_limit_and_noise(glue_folder):
@@ -419,6 +511,44 @@ def test_regression(glue_folder):
     assert report["results"][0]["metrics"].keys() == {"pearson", "spearman", "best_pearson", "best_spearman"}
 
 
+def test_the_embedded_experiment(tmp_path, monkeypatch):
+    """The base is the pretrained one, test sentences are clean and new, and the noise is what was asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_glue.PRETRAINING, "sentences", 2000)
+    printed = []
+    monkeypatch.setattr(train_glue.tqdm, "set_postfix", lambda bar, loss: printed.append(float(loss)))
+    _, args = parse_arguments(["--pretraining-steps", "30", "--device", "cpu"])
+    experiment = train_glue.load_embedded(args, TASKS["embedded"])
+    assert sum(printed[-5:]) / 5 < printed[0] - 0.5  # it learns to denoise
+    (cache,) = (tmp_path / "runs").glob("pretrained-*.pt")
+    state, model = torch.load(cache, weights_only=True), experiment.build()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert model.state_dict().keys() - state.keys() == {"classifier.weight", "classifier.bias"}
+    examples, sets = experiment.data(0)
+    assert (len(examples), len(sets["test"])) == (400, 2000)
+    clean = encode(embedded_tokenizer(), embedded_rows(0, "train", 400), 20)
+    assert [ids for ids, *_ in examples] == [ids for ids, *_ in clean]
+    assert sum(a[2] != b[2] for a, b in zip(examples, clean)) == 40
+    words, recogniser = vocabulary(), Recogniser()
+    for ids, _, label in sets["test"]:
+        assert recogniser.accepts([words[i] for i in ids[1:-1]]) == bool(label)
+    seen = {tuple(ids) for ids, *_ in examples}
+    assert sum(tuple(ids) in seen for ids, *_ in sets["test"]) < 40
+    assert experiment.data(1)[0] != examples
+
+
+def test_what_the_base_is_shown():
+    """Of the words, some are hidden and some replaced; the special tokens and the targets stay."""
+    ids = torch.tensor([[1, *range(4, 104), 2, 0, 0]]).repeat(50, 1)
+    torch.manual_seed(0)
+    shown, chosen = train_glue.corrupt(ids)
+    assert not chosen[ids < 4].any() and torch.equal(shown[~chosen], ids[~chosen])
+    share = lambda where: where.sum().item() / (50 * 100)
+    assert share(chosen) == pytest.approx(0.4, abs=0.03)
+    assert share(shown == 3) == pytest.approx(0.16, abs=0.02)
+    assert share((shown != ids) & (shown != 3)) == pytest.approx(0.16, abs=0.02) and shown.max() < len(vocabulary())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_embedded_task(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
@@ -443,7 +573,8 @@ def test_the_embedded_task(tmp_path, monkeypatch, method):
     (["--rank", "two"], "--rank: 'two'"), (["--label-noise", "1"], "expected float >= 0 and < 1"),
     (["--method", "sam"], "invalid choice: 'sam'"), (["--max-length", "3"], "--max-length is 3"),
     (["--max-length", "13"], "--max-length is 13; the model has 12 positions"), (["--rank", "17"], "rank is 17"),
-    (["--device", "cuda:9"], "cuda:9"), (["--device", "abacus"], "abacus"), (["--out", "bert/config.json"], "config.json"),
+    (["--device", "cuda:9"], "cuda:9"), (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"),
+    (["--seeds", str(2**64)], "--seeds"), (["--alpha", "0"], "--alpha: '0'"), (["--task", "embedded"], "is for a GLUE task"), (["--out", "bert/config.json"], "config.json"),
     (["--task", "stsb", "--label-noise", "0.1"], "--label-noise needs"), (["--lr", "nan"], "--lr: 'nan'"),
 ])
 def test_wrong_input_is_one_line_and_exit_code_2(glue_folder, capsys, change, message):
@@ -453,6 +584,23 @@ def test_wrong_input_is_one_line_and_exit_code_2(glue_folder, capsys, change, me
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and message in error
     assert sorted(glue_folder.rglob("*")) == before
+
+
+def test_tokens_that_the_model_lacks(glue_folder, capsys):
+    path = glue_folder / "bert" / "tokenizer.json"
+    text = path.read_text().replace('"p": 19', '"p": 50')
+    path.write_text(text)
+    write(glue_folder / "data" / "dev.tsv", MRPC + "1\t1\t2\tp\tp\n")
+    with pytest.raises(SystemExit) as caught:
+        main(RUN)
+    assert caught.value.code == 2 and "tokenizer.json: gives token 50; the model has 50" in capsys.readouterr().err
+
+
+def test_ranks_are_checked_before_the_pretraining(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["--rank", "129"])
+    assert caught.value.code == 2 and "rank is 129" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_missing_arguments(capsys):
