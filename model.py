@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
@@ -57,7 +57,8 @@ class Config:
     pooler: bool = False            # tanh(dense(h)) between that and the classifier (BERT)
     dense_head: bool = False        # the classifier is dense, tanh, out_proj (RoBERTa)
     eps: float = 1e-5               # of the norms
-    dropout: float = 0.0
+    dropout: float = 0.0            # of the embeddings, the sublayers' outputs and the pooled state
+    attention_dropout: float = 0.0  # of the attention weights
     num_labels: int | None = None   # outputs of the classifier; None: no classifier
     pad_id: int = 0
     start_id: int = 0               # first token of an encoder-decoder's decoder
@@ -98,7 +99,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(D, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.o = nn.Linear(H * self.head_dim, D, bias=config.bias)
         self.scale, self.groups = config.attention_scale, H // self.kv_heads
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.attention_dropout)
 
     def forward(self, x, mask, causal=False, rotation=None, memory=None, cache=None):
         B, L, _ = x.shape
@@ -269,10 +270,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         D, V = config.d_model, config.vocab_size
-        if (config.head_dim is None and D % config.heads) or config.heads % (config.kv_heads or config.heads):
-            raise ValueError(f"d_model {D}, {config.heads} heads, kv_heads {config.kv_heads}: expected multiples")
-        if config.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {config.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        check_config(config)
         tokens = nn.Embedding(V, D)
         both = config.encoder_layers > 0 and config.decoder_layers > 0
         self.encoder = Stack(config, config.encoder_layers, tokens) if config.encoder_layers else None
@@ -465,7 +463,8 @@ def bert_config(raw):
         heads=raw["num_attention_heads"], encoder_layers=raw["num_hidden_layers"],
         max_length=raw["max_position_embeddings"], token_types=raw["type_vocab_size"], norm_first=False,
         embedding_norm=True, pooler=True, activation=raw.get("hidden_act", "gelu"), eps=raw.get("layer_norm_eps", 1e-12),
-        dropout=raw.get("hidden_dropout_prob", 0.1), pad_id=raw.get("pad_token_id", 0))
+        dropout=raw.get("hidden_dropout_prob", 0.1),
+        attention_dropout=raw.get("attention_probs_dropout_prob", 0.1), pad_id=raw.get("pad_token_id", 0))
 
 
 def roberta_config(raw):
@@ -487,7 +486,7 @@ def t5_config(raw):
         relative_distance=raw.get("relative_attention_max_distance", 128), norm="rms", gated=gated,
         activation="gelu_new" if gated else "relu", qkv_bias=False, bias=False, attention_scale=1.0, tied=tied,
         logit_scale=raw["d_model"] ** -0.5 if raw.get("scale_decoder_outputs", tied) else 1.0, eps=raw.get("layer_norm_epsilon", 1e-6),
-        dropout=raw.get("dropout_rate", 0.1), pad_id=raw.get("pad_token_id", 0),
+        dropout=raw.get("dropout_rate", 0.1), attention_dropout=raw.get("dropout_rate", 0.1), pad_id=raw.get("pad_token_id", 0),
         start_id=raw.get("decoder_start_token_id", 0), eos_id=raw.get("eos_token_id", 1))
 
 
@@ -506,7 +505,8 @@ def llama_config(raw, qkv_bias=False):
         decoder_layers=raw["num_hidden_layers"], positions="rotary", max_length=raw["max_position_embeddings"],
         rope_theta=theta, rope_scaling={k: rope[k] for k in LLAMA3_SCALING} if kind == "llama3" else {}, norm="rms",
         gated=True, activation="silu", qkv_bias=qkv_bias, bias=False, tied=raw.get("tie_word_embeddings", False),
-        eps=raw.get("rms_norm_eps", 1e-6), pad_id=0 if pad is None else pad, eos_id=raw.get("eos_token_id"))
+        eps=raw.get("rms_norm_eps", 1e-6),
+        attention_dropout=raw.get("attention_dropout", 0.0), pad_id=0 if pad is None else pad, eos_id=raw.get("eos_token_id"))
 
 
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -529,7 +529,7 @@ class RawConfig(dict):
         with open(path, encoding="utf-8") as file:
             try:
                 super().__init__(json.load(file))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}: not a JSON object: {error}") from None
 
     def __missing__(self, key):
@@ -552,10 +552,38 @@ def read_config(folder):
     family = raw.get("model_type")
     if family not in FAMILIES:
         raw.refuse("model_type", family, FAMILIES)
-    config = FAMILIES[family][0](raw)
-    if config.activation not in ACTIVATIONS:
-        raw.refuse("hidden_act", config.activation, ACTIVATIONS)
+    try:
+        config = FAMILIES[family][0](raw)
+        check_config(config)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{raw.path}: a value of the wrong kind: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{raw.path}: {str(error).removeprefix(raw.path + ': ')}") from None
     return config, family
+
+
+def check_config(config):
+    """ValueError naming the first field that is not of its type, or out of range."""
+    may_be_zero = {"encoder_layers", "decoder_layers", "position_offset", "token_types", "pad_id", "start_id"}
+    for item in fields(config):
+        value, kind = getattr(config, item.name), item.type
+        if value is None:
+            right = kind in (int | None, float | None, int | list | None)
+        elif kind in (int, int | None):
+            right = type(value) is int and value >= (item.name not in may_be_zero)
+        elif kind in (float, float | None):
+            right = type(value) in (int, float) and 0 <= value < (1 if "dropout" in item.name else math.inf)
+        else:
+            right = kind is not bool or type(value) is bool
+        if not right:
+            raise ValueError(f"{item.name} is {value!r}")
+    if any(type(value) not in (int, float) or not 0 < value < math.inf for value in config.rope_scaling.values()):
+        raise ValueError(f"rope_scaling is {config.rope_scaling}")
+    D, H, K, E = config.d_model, config.heads, config.kv_heads or config.heads, config.head_dim
+    if (E is None and D % H) or H % K:
+        raise ValueError(f"d_model is {D}, heads {H} and kv_heads {K}: expected multiples")
+    if config.activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {config.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
 
 
 def module_names(config, family):
@@ -589,7 +617,9 @@ def read_tensors(folder):
         index = path + ".index.json"
         if os.path.isfile(index):
             files = RawConfig(index)["weight_map"]
-            for file in files.values() if isinstance(files, dict) else [files]:
+            if not isinstance(files, dict):
+                raise ValueError(f"{index}: weight_map is no object")
+            for file in files.values():
                 if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
                     raise ValueError(f"{index}: {file!r} is no plain file name")
             tensors = {}
@@ -635,29 +665,35 @@ def read_safetensors(path):
         check(size >= 8 and length <= 100_000_000 and 8 + length <= size, f"a header of {length} bytes in {size}")
         try:
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=no_duplicates)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a safetensors file: its header is not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            reason = str(error).removeprefix(f"{path}: not a safetensors file: ")
+            raise ValueError(f"{path}: not a safetensors file: {reason}") from None
         check(isinstance(header, dict), "its header is not an object")
         header.pop("__metadata__", None)
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     spans = []
     for name, entry in header.items():
-        check(isinstance(entry, dict) and entry.get("dtype") in DTYPES, f"{name} has no dtype that is known")
-        shape, span = entry.get("shape"), entry.get("data_offsets")
+        dtype, shape, span = (entry.get(key) if isinstance(entry, dict) else None
+                              for key in ("dtype", "shape", "data_offsets"))
+        check(isinstance(dtype, str) and dtype in DTYPES, f"{name} has no dtype that is known")
         check(all(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
                   for numbers in (shape, span)) and len(span) == 2, f"{name} has no valid shape and data_offsets")
-        check(math.prod(shape) * DTYPES[entry["dtype"]].itemsize == span[1] - span[0],
-              f"{name}: {shape} of {entry['dtype']} does not fill bytes {span[0]} to {span[1]}")
+        check(math.prod(n or 1 for n in shape) < 2**62, f"{name} has an impossible shape")
+        check(math.prod(shape) * DTYPES[dtype].itemsize == span[1] - span[0],
+              f"{name}: {shape} of {dtype} does not fill bytes {span[0]} to {span[1]}")
         spans.append((*span, name))
     end = 0
     for begin, stop, name in sorted(spans):
         check(begin == end, f"{name} begins at byte {begin}, expected {end}")
         end = stop
     check(8 + length + end == size, f"its tensors end at byte {8 + length + end} of {size}")
-    return {name: torch.frombuffer(buffer, dtype=DTYPES[header[name]["dtype"]], count=math.prod(header[name]["shape"]),
-                                   offset=8 + length + begin).view(header[name]["shape"])
-            if stop > begin else torch.empty(header[name]["shape"], dtype=DTYPES[header[name]["dtype"]])
-            for begin, stop, name in spans}
+
+    def tensor(begin, stop, dtype, shape):
+        if begin == stop:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=8 + length + begin).view(shape)
+
+    return {name: tensor(begin, stop, DTYPES[header[name]["dtype"]], header[name]["shape"]) for begin, stop, name in spans}
 
 
 def load_tokenizer(folder):
@@ -673,6 +709,7 @@ def load_tokenizer(folder):
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{path}: not a tokenizer: {error}") from None
     tokenizer.no_truncation()
+    tokenizer.no_padding()
     pad = next((token for token in ("[PAD]", "<pad>") if tokenizer.token_to_id(token) is not None), None)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad) if pad else 0, pad_token=pad or "[PAD]")
     return tokenizer

@@ -12,15 +12,16 @@ import struct
 import pytest
 import torch
 import torch.nn as nn
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from model import BERT_NAMES, Config, Transformer, load_tokenizer, read_safetensors
+from model import Config, Transformer, load_tokenizer, read_safetensors
 
 SIZES = dict(vocab_size=50, d_model=16, d_ff=32, heads=4, max_length=12, eps=1e-5)
 
 
 def encoder(**settings):
     torch.manual_seed(0)
-    model = Transformer(Config(**SIZES, encoder_layers=2, **settings)).double().eval()
+    model = Transformer(Config(**{**SIZES, **settings}, encoder_layers=2)).double().eval()
     with torch.no_grad():
         for p in model.parameters():  # norms and biases too, so that none is neutral
             p.add_(0.3 * torch.randn_like(p))
@@ -70,7 +71,7 @@ def test_decoder_block_equals_torchs():
     keep[1, 3:] = False
     causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
     expected = theirs(x, memory, tgt_mask=causal, memory_key_padding_mask=~keep)
-    torch.testing.assert_close(block(x, None, True, memory, keep[:, None, None, :]), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(block(x, None, True, memory=memory, memory_mask=keep[:, None, None, :]), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -122,10 +123,36 @@ def test_bad_calls():
         model(torch.zeros(0, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="13 tokens; the model has 12"):
         model(torch.zeros(1, 13, dtype=torch.long))
-    with pytest.raises(ValueError, match="16 in 5 heads"):
-        Transformer(Config(**{**SIZES, "heads": 5}))
+    with pytest.raises(ValueError, match="d_model is 16, heads 5"):
+        encoder(heads=5)
     with pytest.raises(ValueError, match="'swish'"):
-        Transformer(Config(**SIZES, activation="swish"))
+        encoder(activation="swish")
+
+
+@torch.no_grad()
+def test_every_dropout_acts_in_training_and_none_in_eval():
+    model, ids = encoder(num_labels=2, norm_first=False), torch.randint(1, 50, (4, 9))
+    clean = model(ids)
+    modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert len(modules) == 1 + 2 * 2  # the embeddings'; in two blocks the attention's and the sublayers'
+    for module in modules:
+        module.p = 0.5
+        assert not torch.allclose(model.train()(ids), clean)
+        assert torch.equal(model.eval()(ids), clean)
+        module.p = 0.0
+    calls = []
+    hooks = [module.register_forward_hook(lambda *_: calls.append(0)) for module in modules]
+    model.train()(ids)
+    assert len(calls) == 1 + 2 * 2 + 1  # embeddings, two sublayers in each of two blocks, the pooled state
+    for hook in hooks:
+        hook.remove()
+
+
+def test_initial_weights():
+    model = Transformer(Config(vocab_size=300, d_model=64, encoder_layers=1))
+    for weight in (model.encoder.tokens.weight, model.encoder.blocks[0].mlp.up.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.encoder.blocks[0].mlp.up.bias.any()
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -158,18 +185,20 @@ def write_checkpoint(folder, model, config, prefix="", old_names=False):
         header[f"{name}.{last}"] = {"dtype": "F32", "shape": list(tensor.shape),
                                     "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
+    header["cls.seq_relationship.bias"] = {"dtype": "F32", "shape": [0], "data_offsets": [len(data), len(data)]}
     header[prefix + "embeddings.position_ids"] = {"dtype": "I64", "shape": [0], "data_offsets": [len(data), len(data)]}
     (folder / "model.safetensors").write_bytes(safetensors(header, data))
     (folder / "config.json").write_text(json.dumps(config))
 
 
 BERT = {"model_type": "bert", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4,
-        "num_hidden_layers": 2, "max_position_embeddings": 12, "type_vocab_size": 2, "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.1}
+        "num_hidden_layers": 2, "max_position_embeddings": 12, "type_vocab_size": 2, "hidden_act": "relu",
+        "layer_norm_eps": 1e-3, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
 
 
-def bert(**settings):
-    return encoder(norm_first=False, embedding_norm=True, token_types=2, pooler=True, num_labels=3).float()
+def bert():
+    return encoder(norm_first=False, embedding_norm=True, token_types=2, pooler=True, num_labels=3, eps=1e-3,
+                   activation="relu").float()
 
 
 @pytest.mark.parametrize("prefix, old_names", [("", False), ("bert.", False), ("bert.", True)])
@@ -177,9 +206,11 @@ def bert(**settings):
 def test_bert_folder(tmp_path, prefix, old_names):
     model, ids = bert(), torch.randint(1, 50, (2, 8))
     write_checkpoint(tmp_path, model, BERT, prefix, old_names)
-    loaded = Transformer.from_pretrained(tmp_path, num_labels=3)
-    assert not loaded.training and loaded.config.dropout == 0.1
-    torch.testing.assert_close(loaded(ids), model(ids), rtol=0, atol=0)
+    loaded, types = Transformer.from_pretrained(tmp_path, num_labels=3), torch.randint(0, 2, (2, 8))
+    assert not loaded.training and (loaded.config.dropout, loaded.config.attention_dropout) == (0.1, 0.2)
+    torch.testing.assert_close(loaded(ids, None, types), model(ids, None, types), rtol=0, atol=0)
+    assert not torch.allclose(loaded(ids, None, types), loaded(ids))
+    torch.testing.assert_close(loaded(ids), loaded(ids, None, torch.zeros_like(ids)), rtol=0, atol=0)
     hidden = Transformer.from_pretrained(tmp_path)
     assert hidden.classifier is None and hidden.pooler is None
     torch.testing.assert_close(hidden(ids), model.encoder(ids, None), rtol=0, atol=0)
@@ -198,14 +229,18 @@ def test_new_head_is_drawn_from_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected 'bert'"),
-    ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
+    ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected 'bert' or 'roberta'"),
+    ({"hidden_act": "mish"}, "activation is 'mish'; expected one of gelu"), ({"hidden_act": ["gelu"]}, "wrong kind"),
+    ({"num_attention_heads": 0}, "heads is 0"), ({"hidden_size": -16}, "d_model is -16"),
+    ({"num_attention_heads": 5}, "d_model is 16, heads 5"), ({"layer_norm_eps": "x"}, "eps is 'x'"),
+    ({"hidden_dropout_prob": 2}, "dropout is 2"), ({"vocab_size": "50"}, "vocab_size is '50'"),
+    ({"num_hidden_layers": True}, "encoder_layers is True"), (b"[" * 100_000, "not a JSON object"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
     ({"num_hidden_layers": 3}, r"encoder.blocks.2.\S+ is missing"),
-    ({"num_hidden_layers": 1}, r"encoder.blocks.1.\S+ is unexpected"),
+    ({"num_hidden_layers": 1}, r"encoder.layer.1.\S+ is unexpected"),
     ({"intermediate_size": 24}, r"encoder.blocks.0.mlp.down.weight has shape \(16, 32\), config.json says \(16, 24\)"),
     ({"vocab_size": None}, "vocab_size is missing"),
-    (b"{", "not JSON"), (b"[]", "model_type"),
+    (b"{", "not a JSON object"), (b"[]", "model_type"), (b"[1]", "not a JSON object"),
 ])
 def test_checkpoints_that_do_not_fit(tmp_path, change, message):
     config = {k: v for k, v in {**BERT, **(change if isinstance(change, dict) else {})}.items() if v is not None}
@@ -229,8 +264,14 @@ def test_missing_folders_and_files(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_rename_table_has_no_idle_row():
-    assert len({pattern for pattern, _ in BERT_NAMES}) == len(BERT_NAMES) == 17
+def test_tokenizer_forgets_its_own_truncation_and_padding(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2, "[PAD]": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert [row.ids for row in loaded.encode_batch(["a b a b", "b"])] == [[0, 1, 0, 1], [1, 3, 3, 3]]
 
 
 def test_safetensors_dtypes_scalars_and_empty_tensors(tmp_path):
@@ -268,7 +309,9 @@ def one(dtype="F32", shape=(2,), offsets=(0, 8)):
     safetensors(one(), bytes(9)), safetensors(one(), bytes(7)), safetensors(one(offsets=(0, 8, 9)), bytes(8)),
     safetensors({**one(), "u": one(offsets=(4, 12))["t"]}, bytes(12)),
     safetensors({**one(), "u": one(offsets=(12, 20))["t"]}, bytes(20)), safetensors(one(shape=(2**62, 4)), bytes(8)),
-], ids=range(25))
+    safetensors(one(["F32"]), bytes(8)), safetensors(one(shape=(0, 2**62, 2**62), offsets=(0, 0))),
+    safetensors(one(shape=(0, 2**64), offsets=(0, 0))), safetensors(b'{"t": ' + b"9" * 5000 + b"}"),
+], ids=range(29))
 def test_broken_safetensors(tmp_path, content):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)

@@ -1,0 +1,177 @@
+"""Checkpoints of every family against transformers: logits and greedy tokens of tiny random models, recorded in
+tests/golden/ by tests/make_golden.py.  Generation is also compared with itself: in a batch, one by one, without a cache.
+"""
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+
+from model import Transformer, llama3_scaling, module_names, read_config, read_safetensors, read_tensors, relative_bucket
+
+GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
+FAMILIES = sorted(os.listdir(GOLDEN))
+DECODERS = [name for name in FAMILIES if "bert" not in name]
+
+
+def load(name, **settings):
+    folder = os.path.join(GOLDEN, name)
+    labels = 3 if "bert" in name else None
+    return (Transformer.from_pretrained(folder, num_labels=labels, **settings),
+            torch.load(os.path.join(folder, "expected.pt"), weights_only=True))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(name, side):
+    model, expected = load(name)
+    logits = expected[side].pop("logits")
+    found = model(**expected[side])
+    keep = expected[side]["attention_mask"].bool() if found.dim() == 3 and model.encoder is None else ...
+    assert logits.std() > 0.05
+    torch.testing.assert_close(found[keep], logits[keep], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_tokens_are_those_of_transformers_however_they_are_batched(name):
+    model, expected = load(name)
+    rows = [ids[mask.bool()] for ids, mask in zip(expected["right"]["input_ids"], expected["right"]["attention_mask"])]
+    for side in ("right", "left"):
+        out = model.generate(expected[side]["input_ids"], expected[side]["attention_mask"], max_new_tokens=10)
+        for row, tokens in zip(out, expected["greedy"]):
+            assert row[:len(tokens)].tolist() == tokens.tolist()
+            assert (row[len(tokens):] == model.config.pad_id).all()  # ended: filled up
+    for row, tokens in zip(rows, expected["greedy"]):
+        assert model.generate(row[None], max_new_tokens=10)[0].tolist() == tokens.tolist()
+        assert greedy_without_cache(model, row, len(tokens)) == tokens.tolist()
+    assert len({tuple(tokens.tolist()) for tokens in expected["greedy"]}) == 3
+
+
+@torch.no_grad()
+def greedy_without_cache(model, row, count):
+    tokens = [] if model.encoder is None else [model.config.start_id]
+    for _ in range(count):
+        if model.encoder is None:
+            logits = model(torch.cat([row, torch.tensor(tokens, dtype=torch.long)])[None])
+        else:
+            logits = model(row[None], decoder_input_ids=torch.tensor([tokens]))
+        tokens.append(logits[0, -1].argmax().item())
+    return tokens if model.encoder is None else tokens[1:]
+
+
+def test_generation_ends_at_any_of_several_tokens():
+    model, expected = load("llama2")
+    prompt, tokens = expected["right"]["input_ids"][:1], expected["greedy"][0].tolist()
+    stop = tokens[3]
+    cut = tokens[:tokens.index(stop) + 1]
+    assert model.generate(prompt, max_new_tokens=10, eos_id=[stop, 999])[0].tolist() == cut
+    assert model.generate(prompt, max_new_tokens=10, eos_id=stop)[0].tolist() == cut
+    assert model.generate(prompt, max_new_tokens=0).shape == (1, 0)
+
+
+@torch.no_grad()
+def test_sampling_follows_the_distribution():
+    model, expected = load("qwen2")
+    prompt = expected["right"]["input_ids"][:1]
+    torch.manual_seed(0)
+    drawn = model.generate(prompt.repeat(4000, 1), max_new_tokens=1, temperature=0.7)[:, 0]
+    p = torch.softmax(model(prompt)[0, -1] / 0.7, -1)
+    frequency = torch.bincount(drawn, minlength=len(p)) / 4000
+    assert (frequency - p).abs().max() < 4 * math.sqrt(0.25 / 4000)  # four standard errors
+
+
+def test_relative_buckets():
+    """Values of T5's own table, 32 buckets up to a distance of 128."""
+    distance = torch.tensor([-200, -64, -20, -8, -1, 0, 1, 8, 20])
+    assert relative_bucket(distance, False, 32, 128).tolist() == [15, 14, 10, 8, 1, 0, 17, 24, 26]
+    assert relative_bucket(distance, True, 32, 128).tolist() == [31, 26, 17, 8, 1, 0, 0, 0, 0]
+
+
+def test_llama3_scaling():
+    """By wavelength, as the checkpoint's authors state it: short ones kept, long ones divided, a blend between."""
+    inverse, factor, low, high, original = 5e5 ** (-torch.arange(0, 128, 2).double() / 128), 8.0, 1.0, 4.0, 8192
+    expected = []
+    for f in inverse.tolist():
+        wavelength = 2 * math.pi / f
+        if wavelength < original / high:
+            expected.append(f)
+        elif wavelength > original / low:
+            expected.append(f / factor)
+        else:
+            s = (original / wavelength - low) / (high - low)
+            expected.append((1 - s) * f / factor + s * f)
+    found = llama3_scaling(inverse, factor, low, high, original)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert len({round(a / b, 6) for a, b in zip(found.tolist(), inverse.tolist())}) > 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_module_names_lead_back_to_the_checkpoints(name):
+    """Every adapted layer's name, turned round, is a module that the checkpoint has."""
+    model, _ = load(name)
+    folder = os.path.join(GOLDEN, name)
+    theirs = {ours: theirs for theirs, ours in module_names(*read_config(folder)).items()}
+    stored = {key.rpartition(".")[0] for key in read_safetensors(os.path.join(folder, "model.safetensors"))}
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert {theirs[n] for n in linears} <= stored and len({theirs[n] for n in linears}) == len(linears)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_layouts_of_the_same_checkpoint(tmp_path, name, dtype):
+    """One pickle, two pickles and an index: the same parameters as from the single safetensors file."""
+    source = os.path.join(GOLDEN, name)
+    tensors = {k: v.clone() for k, v in read_safetensors(os.path.join(source, "model.safetensors")).items()}
+    expected = load(name, dtype=dtype)[0].state_dict()
+    for layout in ("single", "sharded"):
+        folder = tmp_path / layout
+        folder.mkdir()
+        shutil.copy(os.path.join(source, "config.json"), folder)
+        if layout == "single":
+            torch.save(tensors, folder / "pytorch_model.bin")
+        else:
+            keys = sorted(tensors)
+            parts = {"a.bin": keys[::2], "b.bin": keys[1::2]}
+            for file, part in parts.items():
+                torch.save({k: tensors[k] for k in part}, folder / file)
+            index = {"weight_map": {k: file for file, part in parts.items() for k in part}}
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        found = Transformer.from_pretrained(folder, dtype=dtype).state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"), ({"attention_bias": True}, "attention_bias is True"),
+    ({"mlp_bias": True}, "mlp_bias is True"), ({"model_type": "mixtral"}, "model_type is 'mixtral'"),
+    ({"use_sliding_window": True}, "use_sliding_window is True"), ({"num_key_value_heads": 3}, "kv_heads 3"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "wrong kind"),
+])
+def test_settings_that_are_not_supported_are_refused_by_name(tmp_path, change, message):
+    with open(os.path.join(GOLDEN, "llama3", "config.json")) as file:
+        (tmp_path / "config.json").write_text(json.dumps({**json.load(file), **change}))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_config(tmp_path)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("weight_map, message", [
+    ({"a": "../b.bin"}, "no plain file name"), ({"a": "/etc/passwd"}, "no plain file name"), ({"a": 3}, "no plain"),
+    ("b.bin", "weight_map is no object"), ({"gone": "b.bin", "a": "b.bin"}, "gone is in no file"),
+    ({"gone": "b.bin"}, "a is in b.bin, not in None"),
+])
+def test_bad_indexes(tmp_path, weight_map, message):
+    torch.save({"a": torch.ones(1)}, tmp_path / "b.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_tensors(tmp_path)
+    assert "index.json" in str(caught.value)
+
+
+def test_a_decoder_has_no_classifier():
+    with pytest.raises(ValueError, match="num_labels is 2, but a model with a decoder"):
+        Transformer.from_pretrained(os.path.join(GOLDEN, "t5"), num_labels=2)
