@@ -651,49 +651,54 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def read_safetensors(path):
     """{name: tensor} of a safetensors file, memory-mapped copy-on-write; ValueError naming a file that is not one."""
-    def check(condition, message):
-        if not condition:
-            raise ValueError(f"{path}: not a safetensors file: {message}")
+    with open(path, "rb") as file:
+        start, header = read_header(path, file)
+        buffer, end = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), 0
+    for begin, stop, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
+        require(path, begin == end, f"{name} begins at byte {begin}, expected {end}")
+        end = stop
+    require(path, start + end == len(buffer), f"its tensors end at byte {start + end} of {len(buffer)}")
+    tensors = {}
+    for name, entry in header.items():
+        dtype, shape, begin = DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0]
+        if math.prod(shape) == 0:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        else:
+            tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
+    return tensors
 
+
+def read_header(path, file):
+    """(first byte of the data, {name: {dtype, shape, data_offsets}}), each entry checked by itself."""
     def no_duplicates(pairs):
-        check(len(dict(pairs)) == len(pairs), "a key appears twice in its header")
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key appears twice")
         return dict(pairs)
 
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        check(size >= 8 and length <= 100_000_000 and 8 + length <= size, f"a header of {length} bytes in {size}")
-        try:
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=no_duplicates)
-        except (ValueError, RecursionError) as error:
-            reason = str(error).removeprefix(f"{path}: not a safetensors file: ")
-            raise ValueError(f"{path}: not a safetensors file: {reason}") from None
-        check(isinstance(header, dict), "its header is not an object")
-        header.pop("__metadata__", None)
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    spans = []
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    require(path, size >= 8 and length <= 100_000_000 and 8 + length <= size, f"a header of {length} bytes in {size}")
+    try:
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a safetensors file: header: {error}") from None
+    require(path, isinstance(header, dict), "its header is not an object")
+    header.pop("__metadata__", None)
     for name, entry in header.items():
         dtype, shape, span = (entry.get(key) if isinstance(entry, dict) else None
                               for key in ("dtype", "shape", "data_offsets"))
-        check(isinstance(dtype, str) and dtype in DTYPES, f"{name} has no dtype that is known")
-        check(all(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
-                  for numbers in (shape, span)) and len(span) == 2, f"{name} has no valid shape and data_offsets")
-        check(math.prod(n or 1 for n in shape) < 2**62, f"{name} has an impossible shape")
-        check(math.prod(shape) * DTYPES[dtype].itemsize == span[1] - span[0],
-              f"{name}: {shape} of {dtype} does not fill bytes {span[0]} to {span[1]}")
-        spans.append((*span, name))
-    end = 0
-    for begin, stop, name in sorted(spans):
-        check(begin == end, f"{name} begins at byte {begin}, expected {end}")
-        end = stop
-    check(8 + length + end == size, f"its tensors end at byte {8 + length + end} of {size}")
+        require(path, isinstance(dtype, str) and dtype in DTYPES, f"{name} has no dtype that is known")
+        require(path, all(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+                          for numbers in (shape, span)) and len(span) == 2, f"{name} has no valid shape and data_offsets")
+        require(path, math.prod(n or 1 for n in shape) < 2**62, f"{name} has an impossible shape")
+        require(path, math.prod(shape) * DTYPES[dtype].itemsize == span[1] - span[0],
+                f"{name}: {shape} of {dtype} does not fill bytes {span[0]} to {span[1]}")
+    return 8 + length, header
 
-    def tensor(begin, stop, dtype, shape):
-        if begin == stop:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=8 + length + begin).view(shape)
 
-    return {name: tensor(begin, stop, DTYPES[header[name]["dtype"]], header[name]["shape"]) for begin, stop, name in spans}
+def require(path, condition, message):
+    if not condition:
+        raise ValueError(f"{path}: not a safetensors file: {message}")
 
 
 def load_tokenizer(folder):

@@ -139,7 +139,9 @@ def test_base_in_another_dtype_is_the_same_base(tmp_path):
     for layer in lora_layers(net):
         layer.weight = nn.Parameter(layer.weight.bfloat16(), requires_grad=False)
     save_adapter(net, tmp_path)
-    load_adapter(prepared(seed=5, head=False), tmp_path)
+    other = prepared(seed=5, head=False)
+    load_adapter(other, tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(primary_parameters(other), primary_parameters(net)))
 
 
 def other_base(name, tensor):

@@ -196,11 +196,12 @@ def test_auxiliary_rank_does_not_change_the_primary_initialisation():
 
 def test_train_and_eval_never_touch_a_weight():
     net = adapted(aux_rank=3)
-    before = snapshot(net)
+    before, storage = snapshot(net), net.first.weight.data_ptr()
     for _ in range(20):
         net.eval()
         net.train()
     assert_same_bits(net, before)
+    assert net.first.weight.data_ptr() == storage
 
 
 def test_deepcopy_and_pickle_keep_the_function(batch):
