@@ -371,6 +371,8 @@ class Transformer(nn.Module):
         for key in sorted(expected.keys() | (tensors.keys() - unused)):
             if key not in tensors or key not in expected:
                 raise ValueError(f"{path}: {key} is {'missing' if key not in tensors else 'unexpected'}")
+            if not tensors[key].is_floating_point():
+                raise ValueError(f"{path}: {key} is of {tensors[key].dtype}, expected floating-point numbers")
             if tensors[key].shape != expected[key].shape:
                 raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, config.json says "
                                  f"{tuple(expected[key].shape)}")

@@ -5,6 +5,7 @@ tests/golden/ by tests/make_golden.py.  Generation is also compared with itself:
 import json
 import math
 import os
+import random
 import shutil
 
 import pytest
@@ -170,6 +171,72 @@ def test_bad_indexes(tmp_path, weight_map, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_tensors(tmp_path)
     assert "index.json" in str(caught.value)
+
+
+def damaged(rng, data):
+    """The file with a few bytes of its header changed, its end cut off or added to, or numbers of its header edited."""
+    length = int.from_bytes(data[:8], "little")
+    kind = rng.randrange(4)
+    if kind == 0:  # bytes
+        out = bytearray(data)
+        for _ in range(rng.randint(1, 3)):
+            out[rng.randrange(8 + length)] = rng.randrange(256)
+        return bytes(out)
+    if kind == 1:  # the end
+        return data[:rng.randrange(len(data))] if rng.random() < 0.7 else data + bytes(rng.randint(1, 9))
+    header = json.loads(data[8:8 + length])
+    entry = header[rng.choice([key for key in header if key != "__metadata__"])]
+    if kind == 2:  # a number
+        field = entry[rng.choice(["shape", "data_offsets"])]
+        field[rng.randrange(len(field))] = rng.choice([0, 1, -1, 7, 2**31, 2**63, 2**70, 1.5, None, True, "8", [], rng.randrange(5000)])
+    else:          # an entry
+        entry[rng.choice(["dtype", "shape", "data_offsets", "other"])] = rng.choice(
+            ["F16", "F64", "I32", "BF16", "F8", 3, None, [], {}, [[2]], [0, 4], [4, 0], [2**62, 2]])
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length:]
+
+
+def test_damaged_safetensors(tmp_path):
+    """2,000 damaged files: a ValueError naming the file, or tensors that are what the header, read again here, says."""
+    with open(os.path.join(GOLDEN, "bert", "model.safetensors"), "rb") as file:
+        data = file.read()
+    rng, path, refused = random.Random(0), tmp_path / "damaged.safetensors", 0
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
+    for _ in range(2000):
+        bad = damaged(rng, data)
+        path.write_bytes(bad)
+        try:
+            tensors = read_safetensors(path)
+        except ValueError as error:
+            assert "damaged.safetensors: not a safetensors file" in str(error)
+            refused += 1
+            continue
+        length = int.from_bytes(bad[:8], "little")
+        header = json.loads(bad[8:8 + length])
+        header.pop("__metadata__", None)
+        assert tensors.keys() == header.keys()
+        for name, tensor in tensors.items():
+            begin, end = header[name]["data_offsets"]
+            assert tensor.dtype == names[header[name]["dtype"]] and list(tensor.shape) == header[name]["shape"]
+            assert tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() == bad[8 + length + begin:8 + length + end]
+    assert 1200 < refused < 2000
+
+
+@torch.no_grad()
+def test_damaged_checkpoints(tmp_path):
+    """The same logits, or a ValueError that names a file; nothing else."""
+    shutil.copytree(os.path.join(GOLDEN, "bert"), tmp_path / "bert")
+    path, ids, rng = tmp_path / "bert" / "model.safetensors", torch.tensor([[7, 8, 9]]), random.Random(1)
+    data, expected = path.read_bytes(), load("bert")[0](ids)
+    refused = 0
+    for _ in range(150):
+        path.write_bytes(damaged(rng, data))
+        try:
+            assert torch.equal(Transformer.from_pretrained(tmp_path / "bert", num_labels=3)(ids), expected)
+        except ValueError as error:
+            assert "model.safetensors" in str(error)
+            refused += 1
+    assert 100 < refused < 150
 
 
 def test_a_decoder_has_no_classifier():
