@@ -1,6 +1,6 @@
 """Fine-tune an encoder with LoRA, LoRA-SAM and Bi-LoRA, over several seeds, and compare them.
 
-    python train_glue.py                                                     # the embedded task: no download, minutes on a CPU
+    python train_glue.py                                                     # the embedded task: minutes on a CPU
     python train_glue.py --task mrpc --data glue/MRPC --model MiniLM --bf16  # GLUE's TSV files, a BERT checkpoint
 
 The embedded task is the paper's regime in miniature: a small transformer is pretrained on the spot on a generated
@@ -21,11 +21,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
@@ -34,9 +34,6 @@ from tqdm import tqdm
 from bilora import (add_lora, auxiliary_parameters, bilora_optimizer, bilora_step, lora_sam_step, lora_step,
                     perturbation_norm, primary_parameters, save_adapter)
 from model import Config, Transformer, load_tokenizer
-
-matplotlib.use("Agg")  # draws files, needs no screen
-import matplotlib.pyplot as plt  # noqa: E402
 
 METHODS = ("lora", "lora-sam", "bi-lora")
 
@@ -691,7 +688,8 @@ def print_table(results, summary, differences, majority):
 
 def draw_curves(results, metric, path):
     """Training loss and evaluation metric over the epochs, a line a method, a band of one standard error over the seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, key, label in ((axes[0], "loss", "training loss"), (axes[1], metric, metric)):
         for method in dict.fromkeys(run["method"] for run in results):
             curves = np.array([[row[key] for row in run["epochs"]] for run in results if run["method"] == method])
@@ -703,7 +701,6 @@ def draw_curves(results, metric, path):
         axis.set_ylabel(label)
     axes[0].legend()
     figure.savefig(path + ".tmp", format="png", dpi=100)
-    plt.close(figure)
     os.replace(path + ".tmp", path)
 
 
