@@ -413,13 +413,24 @@ def losses(folder, method, seed=0):
     return [json.loads(line)["loss"] for line in (folder / f"{method}-seed{seed}" / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_methods_of_a_seed_are_paired(glue_folder):
+def batches_of(monkeypatch, run, seed):
+    """The batches, as indices, that a run with this seed goes through."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train_glue, "batch_order", lambda *args: seen.extend(batch_order(*args)) or seen[-3:])
+        main([*run, "--seeds", seed, "--method", "lora", "--out", "order"])
+    return seen
+
+
+def test_the_methods_of_a_seed_are_paired(glue_folder, monkeypatch):
     """Fresh adapters change nothing, so that the first batch's loss is the same; seeds differ; a rerun repeats."""
     run = [*RUN, "--seeds", "0", "1", "--micro-batch", "3"]
     report, out = main([*run, "--out", "out"]), glue_folder / "out"
     for seed in (0, 1):
         assert losses(out, "lora", seed)[0] == losses(out, "lora-sam", seed)[0] == losses(out, "bi-lora", seed)[0]
     assert losses(out, "lora", 0)[0] != losses(out, "lora", 1)[0]
+    orders = [batches_of(monkeypatch, run, seed) for seed in ("0", "0", "1")]
+    assert orders[0] == orders[1] != orders[2]
     assert set(report["difference_to_lora"]) == {"lora-sam", "bi-lora"}
     again = main([*run, "--out", "again"])
     for a, b in zip(report["results"], again["results"]):
