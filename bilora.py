@@ -3,14 +3,14 @@
 Bi-LoRA: Efficient Sharpness-Aware Minimization for Fine-Tuning Large-Scale Models, arXiv
 2508.19564; Eq. (n) is that paper's equation n.  LoRA: arXiv 2106.09685.  SAM: arXiv 2010.01412.
 
-symbol   attribute        shape             meaning
+symbol   name in code     shape             meaning
 W0       weight           (m, n)            frozen weight of the base: m outputs, n inputs
 B1, A1   lora_B, lora_A   (m, r), (r, n)    primary pair: learns the task, by descent
 B2, A2   aux_B, aux_A     (m, r2), (r2, n)  auxiliary pair: the adversarial perturbation, by ascent
 s        scale            number            alpha / r, on both pairs
 G        -                (m, n)            dL/dW at the weights that the forward pass used
 rho      rho              number            radius over all layers, of eps or of c
-F        norm             0-dim             norm of all gradients that LoRA-SAM perturbs along
+F        norm             0-dim             ||g||, norm of the gradients LoRA-SAM moves along
 c        c                0-dim             sqrt(sum_i ||s B2_i A2_i||^2) over the adapted layers i
 
 Where the paper leaves something open, or this file deviates from it:
@@ -18,7 +18,7 @@ Where the paper leaves something open, or this file deviates from it:
 2. eps = rho g / ||g|| has no constant in its denominator; where all of g is zero, eps is zero.
 3. Both passes of LoRA-SAM draw the same random numbers from torch's CPU and CUDA generators, so the
    same dropout masks.  (BatchNorm's running statistics see both passes.)
-4. A parameter without a gradient is not perturbed in pass 1, and not stepped in pass 2.
+4. A parameter without a gradient in pass 1 is not perturbed; without one in pass 2, not stepped.
 5. A loss or gradient that is NaN or infinite ends the step before the optimizer has moved.
 6. A2 starts Kaiming-uniform and B2 at zero, as A1 and B1 do.  They have no weight decay.
 """
@@ -131,7 +131,7 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
         raise ValueError(f"targets={targets!r} matches no nn.Linear of {', '.join(linears)}")
     _require_adaptable(model, {name: linears[name] for name in names})
     for name in names:
-        _require_ranks(linears[name], rank, aux_rank)
+        _require_ranks(linears[name], rank, aux_rank, f"{name}: ")
     adapted = {linears[name]: LoRALinear(linears[name], rank, alpha) for name in names}
     for layer in adapted.values():
         layer.add_auxiliary(aux_rank)
@@ -141,11 +141,12 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     return list(adapted.values())
 
 
-def _require_ranks(linear, rank, aux_rank):
+def _require_ranks(linear, rank, aux_rank, where=""):
     shape = tuple(linear.weight.shape)
     for name, value, least in (("rank", rank, 1), ("aux_rank", aux_rank, 0)):
         if not isinstance(value, int) or not least <= value <= min(shape):
-            raise ValueError(f"{name} is {value}; a {shape} weight takes {least} to {min(shape)}")
+            raise ValueError(f"{where}{name} is {value}; a {shape} weight takes {least} to "
+                             f"{min(shape)}")
 
 
 def _require_adaptable(model, linears):
@@ -221,7 +222,7 @@ def lora_sam_step(optimizer, closure, rho, params=None):
     if not params:
         raise ValueError("params is empty; expected the parameters to perturb")
     _start_pass(optimizer, params)
-    with _same_random_numbers_again(params):
+    with _random_state_restored_after(params):
         loss = closure()                                            # pass 1: g = dL/dw at w
     _require_finite("LoRA-SAM, pass 1", optimizer, loss, params)
     with _perturbed(params, rho):                                   # (3) w + rho g / F
@@ -236,7 +237,8 @@ def bilora_step(optimizer, closure, layers, rho):
     the same pass; then the perturbation is clipped.  One pass.
 
     layers: the adapted layers, whose auxiliary pairs the optimizer holds in a group with
-    maximize=True (bilora_optimizer makes one).  rho: largest c = sqrt(sum_i ||s B2_i A2_i||^2).
+    maximize=True (bilora_optimizer makes one), in training mode: in eval mode such a pair is not
+    seen and gets no gradient.  rho: largest c = sqrt(sum_i ||s B2_i A2_i||^2).
     Returns the loss, 0-dim.  Raises ValueError for rho < 0 and where not all auxiliary pairs ascend
     or a primary one does, FloatingPointError for a NaN or infinite loss or gradient, and has moved
     nothing then.
@@ -307,7 +309,7 @@ def clip_perturbation_(layers, rho):
 
 
 def _start_pass(optimizer, params=()):
-    """No gradient is left, and no copy of earlier weights in a surrounding autocast region."""
+    """Clear old gradients, and copies of old weights that a surrounding autocast region keeps."""
     optimizer.zero_grad()
     for p in params:  # they need not all be the optimizer's
         p.grad = None
@@ -333,7 +335,7 @@ def _perturbed(params, rho):
         torch.clear_autocast_cache()
 
 
-def _same_random_numbers_again(params):
+def _random_state_restored_after(params):
     """A context that leaves the generators where it found them: pass 2 draws pass 1's masks."""
     return torch.random.fork_rng({p.device for p in params if p.device.type == "cuda"})
 
@@ -387,7 +389,7 @@ def merge_lora_(model):
     base) and rounded once to W0's dtype.  The auxiliary pairs are dropped.
 
     Changes the model in place and returns it (a LoRALinear itself becomes a new nn.Linear).  The
-    base's tensors are not written to, for others may share them.
+    merged weights stay frozen; the base's tensors are not written to, for others may share them.
     """
     if isinstance(model, LoRALinear):
         return _merged(model)

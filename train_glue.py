@@ -748,7 +748,7 @@ def parse_arguments(argv):
     group.add_argument("--limit", type=number(int, 1),
                        help=f"training examples, drawn by the seed (default: all; embedded: {EMBEDDED_TRAIN})")
     group.add_argument("--label-noise", type=number(float, 0, 1),
-                       help="fraction of training labels replaced (default: 0; embedded: 0.1)")
+                       help="fraction of training labels replaced by another (default: 0; embedded: 0.1)")
     group.add_argument("--pretraining-steps", type=number(int, 0), default=2000,
                        help="of the embedded task's base; 0: a random base (default: %(default)s)")
     group.add_argument("--max-length", type=number(int, 1), help="tokens a row, for a GLUE task (default: 256)")
@@ -758,8 +758,8 @@ def parse_arguments(argv):
     group.add_argument("--aux-rank", type=number(int, 1), default=8, help="r2, Bi-LoRA (default: %(default)s)")
     group.add_argument("--alpha", type=number(float, 1e-6), default=16, help="scale s = alpha / r (default: %(default)s)")
     group.add_argument("--rho", type=number(float, 0), nargs="+",
-                       help="radius; two values: LoRA-SAM's and Bi-LoRA's (default: by task)")
-    group.add_argument("--lr", type=number(float, 0), help="peak learning rate, eta1 (default: by task)")
+                       help="radius of both methods; two values: LoRA-SAM's and Bi-LoRA's (default: by task)")
+    group.add_argument("--lr", type=number(float, 0), help="largest learning rate of the cosine schedule, eta1 (default: by task)")
     group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent (default: --lr)")
     group.add_argument("--epochs", type=number(int, 1), help="passes over the training set (default: by task)")
     group.add_argument("--batch-size", type=number(int, 1), help="rows a step (default: by task)")
@@ -769,7 +769,7 @@ def parse_arguments(argv):
     group.add_argument("--seeds", type=number(int, 0, 2**63), nargs="+", help="default: by task")
     group.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
                        help="default: %(default)s")
-    group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
+    group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16 (default: off)")
     group.add_argument("--reuse", action=argparse.BooleanOptionalAction, default=False,
                        help="take runs that --out holds, finished with the same settings, instead of training again")
     group.add_argument("--out", help="folder for the results (default: runs/TASK)")
