@@ -1,7 +1,7 @@
 """Fine-tune an encoder with LoRA, LoRA-SAM and Bi-LoRA, over several seeds, and compare them.
 
     python train_glue.py                                                     # the embedded task: minutes on a CPU
-    python train_glue.py --task mrpc --data glue/MRPC --model MiniLM --bf16  # GLUE's TSV files, a BERT checkpoint
+    python train_glue.py --task mrpc --data glue/MRPC --model MiniLM --bf16  # GLUE's TSV files, BERT or RoBERTa
 
 The embedded task is the paper's regime in miniature: a small transformer is pretrained on the spot on a generated
 language (once; it is cached), then fine-tuned on few sentences with noisy labels, and scored on clean ones.
