@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 from collections import OrderedDict
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -22,7 +23,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tokenizers import Tokenizer
+from huggingface_hub import snapshot_download
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 
 @dataclass
@@ -268,7 +270,7 @@ def rotate(h, rotation):
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.module_names = config, {}  # {module name: its name in the checkpoint}
         D, V = config.d_model, config.vocab_size
         check_config(config)
         tokens = nn.Embedding(V, D)
@@ -289,20 +291,28 @@ class Transformer(nn.Module):
         Returns (B, num_labels) for an encoder with a head, (B, L, D) without, (B, L or T, V) where there is a decoder.
         Raises ValueError for an empty batch, and for more tokens than the model has positions.
         """
+        h = self.hidden(input_ids, attention_mask, token_type_ids, decoder_input_ids)
+        if self.decoder is not None:
+            return self.logits(h)
+        if self.classifier is None:
+            return h
+        pooled = self.pool(h, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        return self.classifier(self.encoder.dropout(pooled))                              # (B, num_labels)
+
+    def hidden(self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None):
+        """The last stack's final states, (B, L or T, D), which `pool` and `logits` read.  Arguments as for a call."""
         if input_ids.numel() == 0:
             raise ValueError(f"the model got an empty batch, input_ids of shape {tuple(input_ids.shape)}")
         mask = None if attention_mask is None else attention_mask.bool()
         if self.encoder is None:
-            return self.logits(self.decoder(input_ids, mask, token_type_ids))             # (B, L, V)
-        h = self.encoder(input_ids, mask, token_type_ids)                                 # (B, L, D)
-        if self.decoder is not None:
-            return self.logits(self.decoder(decoder_input_ids, memory=h, memory_mask=as_key_mask(mask)))
-        if self.classifier is None:
+            return self.decoder(input_ids, mask, token_type_ids)
+        h = self.encoder(input_ids, mask, token_type_ids)
+        if self.decoder is None:
             return h
-        pooled = self.pool(h, torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask)
-        return self.classifier(self.encoder.dropout(pooled))                              # (B, num_labels)
+        return self.decoder(decoder_input_ids, memory=h, memory_mask=as_key_mask(mask))
 
     def pool(self, h, mask):
+        """What the classifier reads, (B, D), of an encoder's states (B, L, D) and the attention mask (B, L)."""
         if self.config.pooling == "mean":
             pooled = (h * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)            # (B, D)
         else:
@@ -310,7 +320,7 @@ class Transformer(nn.Module):
         return pooled if self.pooler is None else torch.tanh(self.pooler(pooled))
 
     def logits(self, h):
-        """(B, L, V)"""
+        """Scores of the next token, (..., V), from a decoder's final states (..., D)."""
         if self.lm_head is not None:
             return self.lm_head(h)
         return F.linear(h * self.config.logit_scale, self.decoder.tokens.weight)
@@ -345,23 +355,26 @@ class Transformer(nn.Module):
         return torch.stack(new, 1) if new else input_ids.new_empty(len(input_ids), 0)
 
     @classmethod
-    def from_pretrained(cls, folder, num_labels=None, dtype=None):
-        """The model of a folder with config.json and model.safetensors, in eval mode.
+    def from_pretrained(cls, folder_or_hub_id, num_labels=None, dtype=None, revision=None):
+        """The model of a folder with config.json and model.safetensors, or of a hub id, in eval mode.
 
         num_labels: outputs of an encoder's classifier, drawn anew where the checkpoint has none of that size; without
-        it there is no classifier.  dtype: of the parameters, float32 by default.  Raises ValueError, naming the file,
-        for a family or setting that is not supported and for tensors that are missing, unexpected or misshapen.
+        it there is no classifier.  dtype: of the parameters, float32 by default.  revision: of the hub's repository.
+        Raises ValueError, naming the file, for a family or setting that is not supported and for tensors that are
+        missing, unexpected or misshapen.
         """
+        folder = local_folder(folder_or_hub_id, revision)
         config, family = read_config(folder)
         if num_labels is not None and config.decoder_layers:
             raise ValueError(f"{folder}: num_labels is {num_labels}, but a model with a decoder has no classifier")
         config.num_labels, config.pooler = num_labels, config.pooler and num_labels is not None
         with torch.device("meta"):  # shapes only: the values come from the file
             model = cls(config)
-        model.module_names = module_names(config, family)
+        names = module_names(config, family)
+        model.module_names = {ours: theirs for theirs, ours in names.items()}
         expected = dict(model.named_parameters())  # a shared parameter once
         path, found = read_tensors(folder)
-        tensors = rename_tensors(found, family, model.module_names, path)
+        tensors = rename_tensors(found, family, names, path)
         fresh = {key for key in expected if key.startswith("classifier.")}
         if any(key not in tensors or tensors[key].shape != expected[key].shape for key in fresh):
             tensors |= {key: fresh_parameter(expected[key]) for key in sorted(fresh)}
@@ -546,10 +559,33 @@ class RawConfig(dict):
         raise ValueError(f"{self.path}: {key} is {value!r}; expected {' or '.join(map(repr, expected))}")
 
 
+def local_folder(folder_or_hub_id, revision=None):
+    """The folder itself, or the one in the hub's cache with a model's files, downloaded where it lacks them.
+
+    The hub's own settings hold: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.  ValueError where there is neither.
+    """
+    name = os.fspath(folder_or_hub_id)
+    if os.path.isdir(name):
+        return name
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=[*SMALL_FILES, *weight_files("model", "safetensors")])
+        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            snapshot_download(name, revision=revision, allow_patterns=weight_files("pytorch_model", "bin"))
+    except Exception as error:  # of several libraries: no network, no such model, no permission, no such revision
+        raise ValueError(f"{name}: no such folder, nor could it be had from the hub ({' '.join(str(error).split())}); "
+                         "give a folder that has the model's files, or the id of a model on the hub and a connection") from None
+    return folder
+
+
+SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+def weight_files(stem, suffix):
+    return [f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json"]
+
+
 def read_config(folder):
     """(Config, model_type) of a folder's config.json."""
-    if not os.path.isdir(folder):
-        raise ValueError(f"{folder}: no such folder; expected one with config.json, model.safetensors, tokenizer.json")
     raw = RawConfig(os.path.join(folder, "config.json"))
     family = raw.get("model_type")
     if family not in FAMILIES:
@@ -703,16 +739,73 @@ def require(path, condition, message):
         raise ValueError(f"{path}: not a safetensors file: {message}")
 
 
-def load_tokenizer(folder):
-    """The tokenizers.Tokenizer of a folder's tokenizer.json: pads to the longest row, truncates nothing.
+def save_pretrained(model, folder, source):
+    """Write the model as a checkpoint in the Hugging Face layout: model.safetensors with that tree's names, in the dtype
+    that the config.json of `source` names, and that folder's config.json and tokenizer.
+
+    source: the folder that the model was loaded from.  Each file is written under a temporary name and renamed,
+    config.json last.  ValueError for a parameter that has no name in such a checkpoint.
+    """
+    raw, tensors = RawConfig(os.path.join(source, "config.json")), {}
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(raw.get("dtype", raw.get("torch_dtype")), torch.float32)
+    for name, p in model.named_parameters():
+        module, _, last = name.rpartition(".")
+        if module not in model.module_names or last not in ("weight", "bias"):
+            raise ValueError(f"{name} has no name in a checkpoint of the family {raw['model_type']}")
+        tensors[f"{model.module_names[module]}.{last}"] = p.detach().to("cpu", dtype)
+    if model.classifier is not None:
+        labels = [f"LABEL_{i}" for i in range(model.config.num_labels)]
+        raw["id2label"], raw["label2id"] = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+        raw["architectures"] = [raw["model_type"].title() + "ForSequenceClassification"]
+    os.makedirs(folder, exist_ok=True)
+    for name in (*SMALL_FILES, "special_tokens_map.json"):
+        if name != "config.json" and os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name + ".tmp"))
+            os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
+    write_safetensors(os.path.join(folder, "model.safetensors"), tensors)
+    path = os.path.join(folder, "config.json")
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(raw, file, indent=2)
+    os.replace(path + ".tmp", path)
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} under a temporary name, read it back, compare, and rename.  OSError where that fails."""
+    temporary = f"{path}.tmp"
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    with open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(as_bytes(tensor).numpy())
+    written = read_safetensors(temporary)
+    if not all(torch.equal(as_bytes(written[name]), as_bytes(tensor)) for name, tensor in tensors.items()):
+        raise OSError(f"{temporary}: what was read back is not what was written")
+    os.replace(temporary, path)
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def load_tokenizer(folder_or_hub_id, revision=None):
+    """The tokenizers.Tokenizer of tokenizer.json, or of BERT's vocab.txt: pads to the longest row, truncates nothing.
 
     The pad id is the id of [PAD] or <pad>, 0 where there is neither.  ValueError names a file that is missing or not one.
     """
-    path = os.path.join(folder, "tokenizer.json")
+    folder = local_folder(folder_or_hub_id, revision)
+    path, vocab = os.path.join(folder, "tokenizer.json"), os.path.join(folder, "vocab.txt")
+    if not os.path.isfile(path) and os.path.isfile(vocab):
+        path = vocab
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file; expected a tokenizer in tokenizers' JSON format")
+        raise ValueError(f"{path}: no such file, nor is there a vocab.txt; expected a tokenizer in tokenizers' JSON format")
     try:
-        tokenizer = Tokenizer.from_file(path)
+        tokenizer = read_vocab(folder, path) if path == vocab else Tokenizer.from_file(path)
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{path}: not a tokenizer: {error}") from None
     tokenizer.no_truncation()
@@ -720,3 +813,12 @@ def load_tokenizer(folder):
     pad = next((token for token in ("[PAD]", "<pad>") if tokenizer.token_to_id(token) is not None), None)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad) if pad else 0, pad_token=pad or "[PAD]")
     return tokenizer
+
+
+def read_vocab(folder, path):
+    """BERT's tokenizer of a list of word pieces, one a line; lower case unless tokenizer_config.json says otherwise."""
+    settings = os.path.join(folder, "tokenizer_config.json")
+    raw = RawConfig(settings) if os.path.isfile(settings) else {}
+    pieces = BertWordPieceTokenizer(path, lowercase=raw.get("do_lower_case", True), strip_accents=raw.get("strip_accents"),
+                                    handle_chinese_chars=raw.get("tokenize_chinese_chars", True))
+    return Tokenizer.from_str(pieces.to_str())

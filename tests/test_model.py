@@ -6,6 +6,7 @@ all-MiniLM-L6-v2, its real weights have to tell a paraphrase from another senten
 """
 
 import json
+import math
 import os
 import struct
 
@@ -14,7 +15,8 @@ import torch
 import torch.nn as nn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from model import Config, Transformer, load_tokenizer, read_safetensors
+import model as model_file
+from model import Config, Transformer, load_tokenizer, read_safetensors, write_safetensors
 
 SIZES = dict(vocab_size=50, d_model=16, d_ff=32, heads=4, max_length=12, eps=1e-5)
 
@@ -254,8 +256,11 @@ def test_checkpoints_that_do_not_fit(tmp_path, change, message):
 
 
 def test_missing_folders_and_files(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such folder, nor could it be had from the hub") as caught:
+        Transformer.from_pretrained(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="nowhere: no such folder"):
-        Transformer.from_pretrained("nowhere")
+        load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="config.json"):
         Transformer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer.json: no such file"):
@@ -273,6 +278,50 @@ def test_tokenizer_forgets_its_own_truncation_and_padding(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
     assert [row.ids for row in loaded.encode_batch(["a b a b", "b"])] == [[0, 1, 0, 1], [1, 3, 3, 3]]
+
+
+def test_bert_vocabulary(tmp_path):
+    """Word pieces cut by hand from the list: the longest first, ## inside a word; lower case unless it is said otherwise."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "play", "##ing", "##ed", "!", "e", "The"]
+    (tmp_path / "vocab.txt").write_text("".join(piece + "\n" for piece in pieces))
+    row, other = load_tokenizer(tmp_path).encode_batch([("The playing!", "\u00e9 played"), ("the", "xyz")])
+    assert row.ids == [2, 5, 6, 7, 9, 3, 10, 6, 8, 3] and row.type_ids == [0] * 6 + [1] * 4
+    assert other.ids == [2, 5, 3, 1, 3, 0, 0, 0, 0, 0]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert load_tokenizer(tmp_path).encode("The the").ids == [2, 11, 5, 3]
+    (tmp_path / "vocab.txt").write_text("the\n")
+    with pytest.raises(ValueError, match="vocab.txt: not a tokenizer: .*sep_token"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_safetensors_byte_by_byte(tmp_path, dtype):
+    tensors = {"a.b": torch.arange(6, dtype=dtype).view(2, 3).t(), "empty": torch.empty(0, 3), "n": torch.tensor(7),
+               "nan": torch.tensor([math.nan])}
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, tensors)
+    data, size = path.read_bytes(), 2 if dtype == torch.bfloat16 else 4
+    length, = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + length])
+    assert (8 + length) % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}  # transformers asks for it
+    assert header == {"a.b": {"dtype": {2: "BF16", 4: "F32"}[size], "shape": [3, 2], "data_offsets": [0, 6 * size]},
+                      "empty": {"dtype": "F32", "shape": [0, 3], "data_offsets": [6 * size] * 2},
+                      "n": {"dtype": "I64", "shape": [], "data_offsets": [6 * size, 6 * size + 8]},
+                      "nan": {"dtype": "F32", "shape": [1], "data_offsets": [6 * size + 8, 6 * size + 12]}}
+    if size == 4:
+        assert struct.unpack("<6f", data[8 + length:][:24]) == (0, 3, 1, 4, 2, 5)
+    assert struct.unpack("<q", data[-12:-4]) == (7,)
+    assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_write_that_goes_wrong_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, {"a": torch.ones(2)})
+    before = path.read_bytes()
+    monkeypatch.setattr(model_file, "read_safetensors", lambda path: {"a": torch.zeros(2)})  # a disk that forgets
+    with pytest.raises(OSError, match="not what was written"):
+        write_safetensors(path, {"a": torch.full((2,), 3.0)})
+    assert path.read_bytes() == before
 
 
 def test_safetensors_dtypes_scalars_and_empty_tensors(tmp_path):
