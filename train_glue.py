@@ -1,7 +1,11 @@
-"""Fine-tune an encoder with LoRA, LoRA-SAM and Bi-LoRA, over several seeds, and compare them.
+"""Fine-tune a model with LoRA, LoRA-SAM and Bi-LoRA, over several seeds, and compare them.
 
-    python train_glue.py                                                     # the embedded task: minutes on a CPU
-    python train_glue.py --task mrpc --data glue/MRPC --model MiniLM --bf16  # GLUE's TSV files, BERT or RoBERTa
+    python train_glue.py                                           # the embedded task: minutes on a CPU
+    python train_glue.py --task mrpc --model google-t5/t5-base     # GLUE; model and data are downloaded once
+    python train_glue.py --task mrpc --model DIR --data DIR        # files that are there: no network
+
+BERT and RoBERTa get a classifier.  T5, Llama and Qwen2 read a prompt and are trained to answer with the label's words; a
+prediction is the class whose words, all of their tokens together, are the likeliest.
 
 The embedded task is the paper's regime in miniature: a small transformer is pretrained on the spot on a generated
 language (once; it is cached), then fine-tuned on few sentences with noisy labels, and scored on clean ones.
@@ -16,10 +20,14 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
+import tempfile
 import time
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from http.client import HTTPException
 
 import numpy as np
 import torch
@@ -32,8 +40,8 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from bilora import (add_lora, auxiliary_parameters, bilora_optimizer, bilora_step, lora_sam_step, lora_step,
-                    perturbation_norm, primary_parameters, save_adapter)
-from model import Config, Transformer, load_tokenizer
+                    merge_lora_, perturbation_norm, primary_parameters, save_adapter)
+from model import Config, Transformer, as_list, load_tokenizer, local_folder, read_config, save_pretrained
 
 METHODS = ("lora", "lora-sam", "bi-lora")
 
@@ -70,6 +78,28 @@ TASKS = {
                  epochs=3, dev=("dev_matched", "dev_mismatched")),
     "stsb": Task(("sentence1", "sentence2"), "score", (), ("pearson", "spearman"), epochs=10),
 }
+
+SIMILARITY = "classify the semantic similarity of the text: {}\n{}\nresult: "
+PROMPTS = {  # task: (prompt, each class's answer), those of LoRA-GA, which has none for rte
+    "mrpc": (SIMILARITY, ("different", "equivalent")),
+    "cola": ("classify the grammaticality of the text: {}\nresult: ", ("unacceptable", "acceptable")),
+    "sst2": ("classify the sentiment of the text: {}\nresult: ", ("negative", "positive")),
+    "rte": (SIMILARITY, ("entailment", "not_entailment")),
+    "qnli": ("classify the semantic similarity of the question and the sentence: {}\n{}\nresult: ",
+             ("entailment", "not_entailment")),
+    "qqp": (SIMILARITY, ("different", "duplicate")),
+    "mnli": (SIMILARITY, ("entailment", "neutral", "contradiction")),
+}
+T5_PROMPTS = {  # what T5 v1.0 saw while it was pretrained, for GLUE's training sets were part of that
+    "mrpc": ("mrpc sentence1: {} sentence2: {}", ("not_equivalent", "equivalent")),
+    "cola": ("cola sentence: {}", ("unacceptable", "acceptable")),
+    "sst2": ("sst2 sentence: {}", ("negative", "positive")),
+    "rte": ("rte sentence1: {} sentence2: {}", ("entailment", "not_entailment")),
+    "qnli": ("qnli question: {} sentence: {}", ("entailment", "not_entailment")),
+    "qqp": ("qqp question1: {} question2: {}", ("not_duplicate", "duplicate")),
+    "mnli": ("mnli hypothesis: {1} premise: {0}", ("entailment", "neutral", "contradiction")),
+}
+PROMPT_END = 8  # tokens at the end of a prompt that truncation leaves: the question that is asked
 
 
 def read_tsv(task, path):
@@ -128,11 +158,106 @@ def encode(tokenizer, rows, max_length):
     return [(encoding.ids, encoding.type_ids, label) for encoding, (_, label) in zip(encodings, rows)]
 
 
+def encode_prompts(tokenizer, rows, prompt, max_length):
+    """[(token ids, None, label)] of [(sentences, label)]; a prompt of more than max_length tokens loses some before its end."""
+    if max_length <= PROMPT_END:
+        raise ValueError(f"--max-length is {max_length}; expected more than the {PROMPT_END} tokens at a prompt's end")
+    tokenizer.no_padding()
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch([prompt.format(*text) for text, _ in rows])]
+    return [(ids if len(ids) <= max_length else ids[:max_length - PROMPT_END] + ids[-PROMPT_END:], None, label)
+            for ids, (_, label) in zip(encoded, rows)]
+
+
+def encode_answers(tokenizer, answers, eos_id):
+    """Token ids of each class's answer, the end of the sequence included."""
+    encoded = [tokenizer.encode(text, add_special_tokens=False).ids + as_list(eos_id)[:1] for text in answers]
+    if len(set(map(tuple, encoded))) < len(answers):
+        raise ValueError(f"the tokenizer gives two of {', '.join(answers)} the same tokens: {encoded}")
+    return encoded
+
+
 def add_label_noise(examples, noise, classes, generator):
     """Give a fraction `noise` of the examples another label, drawn uniformly from the other classes."""
     flipped = set(generator.sample(range(len(examples)), round(noise * len(examples))))
     return [(ids, types, generator.choice([c for c in range(classes) if c != label]) if i in flipped else label)
             for i, (ids, types, label) in enumerate(examples)]
+
+
+# ---------------------------------------------------------------------------------------------- downloads
+
+GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
+SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+DEV_IDS = "https://raw.githubusercontent.com/MegEngine/Models/master/official/nlp/bert/glue_data/MRPC/dev_ids.tsv"
+DOWNLOADS = {  # task: [(address, bytes, sha256)]; of QQP no published file has a known one
+    "mrpc": [(SENTEVAL + "msr_paraphrase_train.txt", 1047044, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
+             (DEV_IDS, 6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")],
+    "cola": [(GLUE + "CoLA.zip", 376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff")],
+    "sst2": [(GLUE + "SST-2.zip", 7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa")],
+    "rte": [(GLUE + "RTE.zip", 697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee")],
+    "qnli": [(GLUE + "QNLIv2.zip", 10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5")],
+    "mnli": [(GLUE + "MNLI.zip", 312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633")],
+    "stsb": [(GLUE + "STS-B.zip", 802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")],
+}
+
+
+def cache_folder():
+    return os.environ.get("BILORA_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "bilora")
+
+
+def download(address, size, sha256, path):
+    """Put the file at an address there, with a progress bar; ValueError, and no file, unless it is the expected one."""
+    part = path + ".part"
+    try:
+        torch.hub.download_url_to_file(address, part)
+    except (OSError, HTTPException) as error:
+        raise ValueError(f"{address}: {error}; connect to the network, or give files that are there with --data") from None
+    with open(part, "rb") as file:
+        found = os.path.getsize(part), hashlib.file_digest(file, "sha256").hexdigest()
+    if found != (size, sha256):
+        os.remove(part)
+        raise ValueError(f"{address}: got {found[0]} bytes with sha256 {found[1]}; expected {size} with {sha256}")
+    os.replace(part, path)
+
+
+def downloaded_glue(name, files):
+    """The folder in the cache that has a task's files; it appears there once it has all of them."""
+    folder = os.path.join(cache_folder(), "glue", name)
+    if os.path.isdir(folder):
+        return folder
+    if name not in DOWNLOADS:
+        raise ValueError(f"{name} cannot be downloaded, for no file with a known checksum is published; expected --data DIR")
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=name + ".", dir=os.path.dirname(folder)) as scratch:
+        paths, whole = [], os.path.join(scratch, "whole")
+        for address, size, sha256 in DOWNLOADS[name]:
+            paths.append(os.path.join(scratch, os.path.basename(address)))
+            download(address, size, sha256, paths[-1])
+        os.mkdir(whole)
+        if name == "mrpc":
+            split_mrpc(*paths, whole)
+        else:
+            unpack(*paths, files, whole)
+        os.rename(whole, folder)
+    return folder
+
+
+def unpack(archive, files, folder):
+    with zipfile.ZipFile(archive) as source:
+        members = {os.path.basename(member): member for member in source.namelist() if member.count("/") == 1}
+        for file in files:
+            with source.open(members[file]) as inside, open(os.path.join(folder, file), "wb") as outside:
+                shutil.copyfileobj(inside, outside)
+
+
+def split_mrpc(corpus, dev_ids, folder):
+    """GLUE's train.tsv and dev.tsv: the pairs of the corpus's training file, by whether dev_ids has both of their ids."""
+    with open(dev_ids, "rb") as file:
+        chosen = {tuple(line.split()) for line in file}
+    with open(corpus, "rb") as file:
+        header, *rows = file.readlines()
+    for name, development in (("train.tsv", False), ("dev.tsv", True)):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.writelines([header, *(row for row in rows if (tuple(row.split(b"\t")[1:3]) in chosen) == development)])
 
 
 # ---------------------------------------------------------------------------------------------- the embedded task
@@ -345,10 +470,15 @@ def batch_order(examples, batch_size, rng):
 def collate(examples, pad_id, device):
     """(ids, segment ids, mask, labels): (B, L) int64 three times, padded to the longest row, and (B,)."""
     ids, types, labels = zip(*examples)
-    length = max(map(len, ids))
-    mask = [[1] * len(row) + [0] * (length - len(row)) for row in ids]
-    padded = [[[*row, *[fill] * (length - len(row))] for row in rows] for rows, fill in ((ids, pad_id), (types, 0))]
-    return (*(torch.tensor(rows, device=device) for rows in (*padded, mask)), torch.tensor(labels, device=device))
+    mask = [[1] * len(row) for row in ids]
+    padded = (pad_rows(rows, fill, device) for rows, fill in ((ids, pad_id), (types, 0), (mask, 0)))
+    return (*padded, torch.tensor(labels, device=device))
+
+
+def pad_rows(rows, fill, device):
+    """(B, L) int64, each row filled up on the right to the longest."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
 
 
 @contextlib.contextmanager
@@ -400,18 +530,48 @@ def ranks(values):
 
 
 @torch.no_grad()
-def predict(model, task, examples, pad_id, device, bf16):
+def predict(model, experiment, examples, args):
     """The class, or for a regression the number, that the model gives each example."""
     model.eval()
+    device, classes = torch.device(args.device), bool(experiment.task.labels)
     predictions, order = [0] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     for start in range(0, len(order), 128):
         batch = order[start:start + 128]
-        ids, types, mask, _ = collate([examples[i] for i in batch], pad_id, device)
-        with precision(device, bf16):
-            logits = model(ids, mask, types)
-        for i, value in zip(batch, (logits.argmax(1) if task.labels else logits[:, 0].float()).tolist()):
+        with precision(device, args.bf16):
+            scores = class_scores(model, experiment, [examples[i] for i in batch], device)
+        for i, value in zip(batch, (scores.argmax(1) if classes else scores[:, 0]).tolist()):
             predictions[i] = value
     return predictions
+
+
+def class_scores(model, experiment, examples, device):
+    """(B, classes), the largest of which is the prediction: a classifier's logits, or log p(answer | prompt)."""
+    if experiment.answers is None:
+        ids, types, mask, _ = collate(examples, experiment.pad_id, device)
+        return model(ids, mask, types).float()
+    prompts = [ids for ids, *_ in examples for _ in experiment.answers]
+    answers = experiment.answers * len(examples)
+    return -answer_losses(model, prompts, answers, experiment.pad_id, device).view(len(examples), -1)
+
+
+def answer_losses(model, prompts, answers, pad_id, device):
+    """-log p(answer | prompt) of each row, (B,), the sum over the answer's tokens.
+
+    A decoder reads the prompt and then the answer; beside an encoder, which reads the prompt, the answer alone.
+    """
+    before = prompts if model.encoder is None else [[model.config.start_id]] * len(prompts)
+    ids = pad_rows([[*start, *answer[:-1]] for start, answer in zip(before, answers)], pad_id, device)       # (B, T)
+    labels = pad_rows([[-100] * (len(start) - 1) + answer for start, answer in zip(before, answers)], -100, device)
+    if model.encoder is None:
+        mask = pad_rows([[1] * (len(start) + len(answer) - 1) for start, answer in zip(before, answers)], 0, device)
+        h = model.hidden(ids, mask)                                                                        # (B, T, D)
+    else:
+        mask = pad_rows([[1] * len(prompt) for prompt in prompts], 0, device)
+        h = model.hidden(pad_rows(prompts, pad_id, device), mask, decoder_input_ids=ids)
+    keep = labels != -100
+    losses = torch.zeros(labels.shape, device=device)
+    losses[keep] = F.cross_entropy(model.logits(h[keep]).float(), labels[keep], reduction="none")
+    return losses.sum(1)
 
 
 def metric_name(metric, name, sets):
@@ -425,29 +585,39 @@ def scores_of(task, predictions, sets):
             for metric, value in score(task, predictions[name], [label for *_, label in examples]).items()}
 
 
-def evaluate(model, task, sets, pad_id, device, bf16):
+def evaluate(model, experiment, sets, args):
     """({metric: value}, {set: predictions per class}) of {set: examples}."""
-    predictions = {name: predict(model, task, examples, pad_id, device, bf16) for name, examples in sets.items()}
-    counts = {name: [p.count(c) for c in range(len(task.labels))] for name, p in predictions.items() if task.labels}
-    return scores_of(task, predictions, sets), counts
+    predictions = {name: predict(model, experiment, examples, args) for name, examples in sets.items()}
+    classes = range(len(experiment.task.labels))
+    counts = {name: [p.count(c) for c in classes] for name, p in predictions.items() if classes}
+    return scores_of(experiment.task, predictions, sets), counts
 
 
 # ---------------------------------------------------------------------------------------------- one run
 
 
-def forward_backward(model, task, examples, args, pad_id):
-    """Mean loss over the examples, a 0-dim tensor; its gradient is added up micro-batch by micro-batch."""
+def forward_backward(model, experiment, examples, args):
+    """Mean loss over the examples, or over their answers' tokens, 0-dim; its gradient is added up micro-batch by micro-batch."""
     device, size, total = torch.device(args.device), args.micro_batch or len(examples), 0.0
+    answers = experiment.answers
+    count = len(examples) if answers is None else sum(len(answers[label]) for *_, label in examples)
     for start in range(0, len(examples), size):
-        part = examples[start:start + size]
-        ids, types, mask, labels = collate(part, pad_id, device)
         with precision(device, args.bf16):
-            logits = model(ids, mask, types).float()
-            loss = F.cross_entropy(logits, labels) if task.labels else F.mse_loss(logits[:, 0], labels)
-        loss = loss * (len(part) / len(examples))
+            loss = summed_loss(model, experiment, examples[start:start + size], device) / count
         loss.backward()
         total = total + loss.detach()
     return total
+
+
+def summed_loss(model, experiment, examples, device):
+    if experiment.answers is not None:
+        prompts, answers = zip(*((ids, experiment.answers[label]) for ids, _, label in examples))
+        return answer_losses(model, prompts, answers, experiment.pad_id, device).sum()
+    ids, types, mask, labels = collate(examples, experiment.pad_id, device)
+    logits = model(ids, mask, types).float()
+    if experiment.task.labels:
+        return F.cross_entropy(logits, labels, reduction="sum")
+    return F.mse_loss(logits[:, 0], labels, reduction="sum")
 
 
 def prepare(args, method, seed, build):
@@ -455,7 +625,8 @@ def prepare(args, method, seed, build):
     torch.manual_seed(seed)  # first: head and adapters are drawn from it
     model = build().to(args.device)
     layers = add_lora(model, args.rank, args.alpha, args.aux_rank if method == "bi-lora" else 0)
-    model.classifier.requires_grad_(True)
+    if model.classifier is not None:
+        model.classifier.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
@@ -469,11 +640,11 @@ def radius(args, method):
 
 def parameter_counts(model):
     groups = {"primary": primary_parameters(model), "auxiliary": auxiliary_parameters(model),
-              "head": list(model.classifier.parameters())}
+              "head": list(model.classifier.parameters()) if model.classifier is not None else []}
     return {name: sum(p.numel() for p in params) for name, params in groups.items()}
 
 
-def train(args, task, method, seed, experiment, folder):
+def train(args, method, seed, experiment, folder):
     """One method, one seed.  Returns the run's metrics, and leaves a run folder with all there is to know about it."""
     examples, sets = experiment.data(seed)
     model, layers, optimizer = prepare(args, method, seed, experiment.build)
@@ -491,7 +662,7 @@ def train(args, task, method, seed, experiment, folder):
             def closure():
                 if method == "lora-sam":  # for the log: how far apart the weights of the two passes are
                     passes.append([p.detach().clone() for p in primary])
-                return forward_backward(model, task, [examples[i] for i in batch], args, experiment.pad_id)
+                return forward_backward(model, experiment, [examples[i] for i in batch], args)
 
             begin, lr = time.perf_counter(), schedule.get_last_lr()[0]
             if method == "lora":
@@ -508,7 +679,7 @@ def train(args, task, method, seed, experiment, folder):
                         "clipped": method == "bi-lora" and norm.item() >= rho * (1 - 1e-5), "seconds": seconds})
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}")
-        metrics, predicted = evaluate(model, task, sets, experiment.pad_id, torch.device(args.device), args.bf16)
+        metrics, predicted = evaluate(model, experiment, sets, args)
         epochs.append({"epoch": epoch, "loss": statistics.fmean(row["loss"] for row in log if row["epoch"] == epoch),
                        **metrics, "predicted": predicted})
     bar.close()
@@ -520,7 +691,7 @@ def train(args, task, method, seed, experiment, folder):
               "clipped_fraction": statistics.fmean(row["clipped"] for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log),
               "peak_memory_bytes": peak_memory(args.device)}
-    write_run(result, log, model, experiment, folder)
+    write_run(result, log, model, experiment, folder, args.merge)
     return result
 
 
@@ -541,10 +712,12 @@ def finished_run(config, folder):
     return run if run["config"] == config else None
 
 
-def write_run(result, log, model, experiment, folder):
+def write_run(result, log, model, experiment, folder, merge):
     write_text(os.path.join(folder, "config.json"), json.dumps(result["config"], indent=2))
     write_text(os.path.join(folder, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
-    save_adapter(model, folder)
+    save_adapter(model, folder, model.module_names)
+    if merge:
+        save_pretrained(merge_lora_(model), os.path.join(folder, "merged"), experiment.source)
     draw_curves([result], experiment.metric, os.path.join(folder, "curves.png"))
     write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))  # last: what --reuse looks at
 
@@ -579,11 +752,14 @@ def peak_memory(device):
 
 @dataclass
 class Experiment:
-    build: object        # () -> the pretrained model with a fresh head
+    task: Task
+    build: object        # () -> the pretrained model, an encoder with a fresh head
     data: object         # seed -> (training examples, {name: evaluation examples})
     pad_id: int
     metric: str          # the first metric: chooses the best epoch
     files: list          # what was read: [path, size, time of change]
+    answers: list = None  # text to text: the token ids of each class's answer
+    source: str = None   # the checkpoint's folder
 
 
 def file_stamps(*paths):
@@ -610,24 +786,30 @@ def load_embedded(args, task):
                           for split, count in (("train", args.limit), ("test", EMBEDDED_TEST)))
         return add_label_noise(examples, args.label_noise, 2, random.Random(f"noise-{seed}")), {"test": test}
 
-    return Experiment(build, data, 0, task.metrics[0], file_stamps(path))
+    return Experiment(task, build, data, 0, task.metrics[0], file_stamps(path))
 
 
 def load_glue(args, task):
-    build = partial(Transformer.from_pretrained, args.model, num_labels=len(task.labels) or 1)
-    config = build().config
-    if args.max_length > config.max_length:
-        raise ValueError(f"--max-length is {args.max_length}; the model has {config.max_length} positions")
+    source = local_folder(args.model, args.revision)
+    config, _ = read_config(source)
+    text_to_text = config.decoder_layers > 0
+    build = partial(Transformer.from_pretrained, source, num_labels=None if text_to_text else len(task.labels) or 1)
     require_ranks_that_fit(args, build)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer, files = load_tokenizer(source), [name + ".tsv" for name in ("train", *task.dev)]
     pad_id = tokenizer.padding["pad_id"]
-    paths = [os.path.join(args.data, name + ".tsv") for name in ("train", *task.dev)]
-    examples, *dev = (encode(tokenizer, read_tsv(task, path), args.max_length) for path in paths)
+    paths = [os.path.join(args.data or downloaded_glue(args.task, files), file) for file in files]
+    rows, answers = [read_tsv(task, path) for path in paths], None
+    if text_to_text:
+        if args.task not in PROMPTS:
+            raise ValueError(f"{args.task} is a regression; expected an encoder as --model, or a task with classes")
+        prompt, words = (T5_PROMPTS if config.encoder_layers and not config.gated else PROMPTS)[args.task]
+        answers = encode_answers(tokenizer, words, config.eos_id)
+        examples, *dev = (encode_prompts(tokenizer, part, prompt, args.max_length) for part in rows)
+    else:
+        examples, *dev = (encode(tokenizer, part, args.max_length) for part in rows)
     sets = dict(zip(task.dev, dev))
-    for what, column, least, most in (("token", 0, pad_id, config.vocab_size), ("segment", 1, 0, config.token_types)):
-        largest = max(least, *(max(row[column]) for rows in (examples, *dev) for row in rows))
-        if largest >= most > 0:
-            raise ValueError(f"{os.path.join(args.model, 'tokenizer.json')}: gives {what} {largest}; the model has {most}")
+    require_room(args, config, answers)
+    require_known_tokens(os.path.join(source, "tokenizer.json"), config, [*examples, *itertools.chain(*dev)], answers, pad_id)
 
     def data(seed):
         some = examples
@@ -635,9 +817,25 @@ def load_glue(args, task):
             some = random.Random(f"limit-{seed}").sample(examples, args.limit)
         return add_label_noise(some, args.label_noise, len(task.labels), random.Random(f"noise-{seed}")), sets
 
-    checkpoint = [os.path.join(args.model, name) for name in sorted(os.listdir(args.model))]
-    return Experiment(build, data, pad_id, metric_name(task.metrics[0], task.dev[0], sets),
-                      file_stamps(*paths, *filter(os.path.isfile, checkpoint)))
+    checkpoint = [os.path.join(source, name) for name in sorted(os.listdir(source))]
+    return Experiment(task, build, data, pad_id, metric_name(task.metrics[0], task.dev[0], sets),
+                      file_stamps(*paths, *filter(os.path.isfile, checkpoint)), answers, source)
+
+
+def require_room(args, config, answers):
+    answer = max(map(len, answers)) - 1 if answers and not config.encoder_layers else 0  # the last token is not read
+    if config.max_length is not None and args.max_length + answer > config.max_length:
+        raise ValueError(f"--max-length is {args.max_length}" + (f", the longest answer {answer} more" if answer else "")
+                         + f"; the model has {config.max_length} positions")
+
+
+def require_known_tokens(path, config, examples, answers, pad_id):
+    """ValueError for a token or a segment that the model has no embedding for."""
+    token = max(pad_id, *(max(ids) for ids, *_ in examples), *map(max, answers or []))
+    segment = max(max(types or [0]) for _, types, _ in examples)
+    for what, largest, count in (("token", token, config.vocab_size), ("segment", segment, config.token_types or math.inf)):
+        if largest >= count:
+            raise ValueError(f"{path}: gives {what} {largest}; the model has {count}")
 
 
 def require_ranks_that_fit(args, build):
@@ -743,8 +941,11 @@ def parse_arguments(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("task")
     group.add_argument("--task", choices=TASKS, default="embedded", help="default: %(default)s")
-    group.add_argument("--data", help="folder with the GLUE task's train.tsv and dev.tsv")
-    group.add_argument("--model", help="folder with config.json, model.safetensors and tokenizer.json, for a GLUE task")
+    group.add_argument("--data", help="folder with the GLUE task's train.tsv and dev.tsv (default: downloaded once into "
+                                      "$BILORA_CACHE or ~/.cache/bilora)")
+    group.add_argument("--model", help="for a GLUE task: folder with config.json, model.safetensors and tokenizer.json, or "
+                                       "the id of a model on the Hugging Face hub")
+    group.add_argument("--revision", help="of the model on the hub: a branch, tag or commit (default: main)")
     group.add_argument("--limit", type=number(int, 1),
                        help=f"training examples, drawn by the seed (default: all; embedded: {EMBEDDED_TRAIN})")
     group.add_argument("--label-noise", type=number(float, 0, 1),
@@ -772,6 +973,8 @@ def parse_arguments(argv):
     group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16 (default: off)")
     group.add_argument("--reuse", action=argparse.BooleanOptionalAction, default=False,
                        help="take runs that --out holds, finished with the same settings, instead of training again")
+    group.add_argument("--merge", action=argparse.BooleanOptionalAction, default=False,
+                       help="also write each run's merged model, in the layout of its checkpoint (default: off)")
     group.add_argument("--out", help="folder for the results (default: runs/TASK)")
     args = parser.parse_args(argv)
     check_arguments(parser, args)
@@ -781,7 +984,7 @@ def parse_arguments(argv):
 def check_arguments(parser, args):
     """Fill in the task's defaults; refuse what does not go together."""
     task, embedded = TASKS[args.task], args.task == "embedded"
-    given = [name for name in ("data", "model", "max_length") if getattr(args, name) is not None]
+    given = [name for name in ("data", "model", "revision", "max_length", "merge") if getattr(args, name) not in (None, False)]
     if embedded and given:
         parser.error(f"--{given[0].replace('_', '-')} is for a GLUE task; choose one with --task")
     defaults = {"lr": task.lr, "rho": list(task.rho), "epochs": task.epochs, "batch_size": task.batch_size,
@@ -793,8 +996,8 @@ def check_arguments(parser, args):
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     if len(args.rho) > 2:
         parser.error(f"--rho has {len(args.rho)} values; expected one or two")
-    if not embedded and not (args.data and args.model):
-        parser.error(f"--task {args.task} needs --data DIR and --model DIR")
+    if not embedded and not args.model:
+        parser.error(f"--task {args.task} needs --model, a folder or the id of a model on the Hugging Face hub")
     if args.label_noise and not task.labels:
         parser.error("--label-noise needs a task with classes")
 
@@ -817,7 +1020,7 @@ def main(argv=None):
         folder = os.path.join(args.out, f"{method}-seed{seed}")
         try:
             run = finished_run(run_config(args, method, seed, experiment), folder) if args.reuse else None
-            run = run or train(args, task, method, seed, experiment, folder)
+            run = run or train(args, method, seed, experiment, folder)
         except FloatingPointError as error:
             raise SystemExit(f"train_glue.py: {method}, seed {seed}: {error}")
         if seed == args.seeds[0]:

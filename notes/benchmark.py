@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from bilora import add_lora, bilora_optimizer, bilora_step, lora_sam_step, lora_step, primary_parameters  # noqa: E402
 from model import Config, Transformer  # noqa: E402
-from train_glue import METHODS, forward_backward, peak_memory, reset_peak_memory, TASKS  # noqa: E402
+from train_glue import METHODS, TASKS, Experiment, forward_backward, peak_memory, reset_peak_memory  # noqa: E402
 
 MINILM = Config(vocab_size=30522, d_model=384, d_ff=1536, heads=12, encoder_layers=6, token_types=2, norm_first=False,
                 embedding_norm=True, pooler=True, eps=1e-12, num_labels=2)
@@ -49,10 +49,11 @@ def build_step(method, args):
     optimizer, primary = bilora_optimizer(model, 5e-4), primary_parameters(model)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(args.length // 2, args.length + 1, (args.batch_size,), generator=generator).tolist()
+    experiment = Experiment(TASKS["mrpc"], None, None, 0, "accuracy", [])
     examples = [(torch.randint(1000, 20000, (n,), generator=generator).tolist(), [0] * n, n % 2) for n in lengths]
 
     def closure():
-        return forward_backward(model, TASKS["mrpc"], examples, args, 0)
+        return forward_backward(model, experiment, examples, args)
 
     def step():
         if method in ("lora", "peft"):
