@@ -1,0 +1,299 @@
+"""Downloads from a server on this machine: a model from a hub (through HF_ENDPOINT, in a process of its own, for
+huggingface_hub reads it once), and GLUE's archives.  What is broken leaves nothing that a next run would take for whole.
+"""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import train_glue
+from model import read_safetensors
+from train_glue import TASKS, downloaded_glue, read_tsv
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+COMMIT = "0123456789" * 4
+MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves files; as a hub, the repositories it is given: {id: {file name: bytes}}.  Notes what was asked for."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.repositories, self.short, self.asked = {}, {}, set(), []
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, path = self.server, self.path.partition("?")[0].lstrip("/")
+        server.asked.append((self.command, path, self.headers.get("Authorization")))
+        parts = path.split("/")
+        name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+        repository = server.repositories.get(name)
+        if path == "mend":
+            server.short.clear()
+            return self.answer(b"")
+        if path in server.files:
+            return self.answer(server.files[path])
+        if name == "org/gated" and self.headers.get("Authorization") != "Bearer secret":
+            return self.answer(b"", 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        if repository is None:
+            return self.answer(b"", 401 if parts[0] == "api" else 404, {"X-Error-Code": "RepoNotFound"})
+        if parts[0] == "api" and parts[4] == "revision":
+            if parts[5] not in ("main", "v2"):
+                return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
+            return self.json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in repository]})
+        if parts[0] == "api" and parts[4] == "tree":
+            return self.json([{"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                              for file, data in repository.items()])
+        if parts[2] == "resolve" and parts[4] in repository:
+            data = repository[parts[4]]
+            return self.answer(data, headers={"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
+
+    def json(self, value):
+        self.answer(json.dumps(value).encode(), headers={"Content-Type": "application/json"})
+
+    def answer(self, data, status=200, headers=()):
+        self.send_response(status)
+        for key, value in dict(headers).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            cut = self.path.partition("?")[0].rpartition("/")[2] in self.server.short
+            self.wfile.write(data[:len(data) // 2] if cut else data)
+            self.close_connection = cut
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    served = Server()
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+# ------------------------------------------------------------------------------------------ the hub
+
+
+def checkpoint(family):
+    """{file name: bytes} of a tiny checkpoint with a tokenizer, and a file that nobody needs."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcdef"])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    files = {"tokenizer.json": tokenizer.to_str().encode(), "flax_model.msgpack": b"unread"}
+    for name in ("config.json", "model.safetensors"):
+        with open(os.path.join(HERE, "golden", family, name), "rb") as file:
+            files[name] = file.read()
+    return files
+
+
+def pickled(files):
+    """The same repository, with the weights as torch.save writes them and BERT's list of words for a tokenizer."""
+    path = os.path.join(HERE, "golden", "bert", "model.safetensors")
+    buffer = io.BytesIO()
+    torch.save({key: tensor.clone() for key, tensor in read_safetensors(path).items()}, buffer)
+    words = "".join(word + "\n" for word in ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef"])
+    return {"config.json": files["config.json"], "pytorch_model.bin": buffer.getvalue(), "vocab.txt": words.encode()}
+
+
+def fetch(home, server, *calls, **variables):
+    """What calls of the project give in a process of its own: a number for a model, the error's text where there is one."""
+    code = """
+import os, sys, urllib.request
+sys.path.insert(0, sys.argv[1])
+from model import Transformer, load_tokenizer
+def total(name, **settings):
+    tokenizer = load_tokenizer(name, settings.get("revision"))
+    return [round(sum(p.double().sum().item() for p in Transformer.from_pretrained(name, **settings).parameters()), 6),
+            tokenizer.get_vocab_size()]
+def mend():
+    urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/mend")
+answers = []
+for call in sys.argv[2:]:
+    try:
+        answers.append(eval(call))
+    except ValueError as error:
+        answers.append(str(error))
+    except SystemExit as error:
+        answers.append(error.code)
+print("ANSWERS", answers)
+"""
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": server.address, "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
+                "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2", **variables}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    done = subprocess.run([sys.executable, "-c", code, os.path.dirname(HERE), *calls], env={**environment, **settings},
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return eval(done.stdout.partition("ANSWERS")[2]), done.stderr
+
+
+def test_models_from_a_hub(tmp_path, server):
+    bert = checkpoint("bert")
+    server.repositories = {"org/bert": bert, "org/pickled": pickled(bert), "org/gated": checkpoint("llama3")}
+    names = ["org/bert", "org/pickled", "org/gated"]
+    found, progress = fetch(tmp_path / "home", server, *(f"total('{name}')" for name in names), HF_TOKEN="secret")
+    expected = {family: sum(t.double().sum().item() for key, t in
+                            read_safetensors(os.path.join(HERE, "golden", family, "model.safetensors")).items()
+                            if not key.startswith(("classifier", "bert.pooler"))) for family in ("bert", "llama3")}
+    assert [answer[0] for answer in found] == pytest.approx([expected["bert"], expected["bert"], expected["llama3"]], abs=1e-4)
+    assert [answer[1] for answer in found] == [8, 10, 8]
+    asked = {path.rpartition("/")[2] for method, path, _ in server.asked if method == "GET" and "/resolve/" in path}
+    assert asked == {"config.json", "tokenizer.json", "vocab.txt", "model.safetensors", "pytorch_model.bin"}
+    assert ("GET", "api/models/org/gated/revision/main", "Bearer secret") in server.asked
+    assert "Fetching" in progress or "ownload" in progress
+    before = len(server.asked)
+    call = f"__import__('train_glue').main(['--task', 'mrpc', '--data', '{tmp_path}', '--model', 'org/bert', '--max-length', '9', '--rank', '2'])"
+    again, error = fetch(tmp_path / "home", server, "total('org/bert')", call, HF_HUB_OFFLINE="1")
+    assert again[0] == found[0] and len(server.asked) == before  # the cache, without a word to the server
+    assert again[1] == 2 and str(tmp_path / "train.tsv") in error and error.count("\n") == 1
+
+
+def test_what_a_hub_does_not_give(tmp_path, server):
+    server.repositories = {"org/bert": checkpoint("bert"), "org/gated": checkpoint("llama3"), "org/cut": checkpoint("bert")}
+    server.short = {"model.safetensors"}
+    calls = ["total('org/gated')", "total('org/none')", "total('org/bert', revision='gone')", "total('org/cut')", "total('a/b/c')",
+             "mend()", "total('org/cut', revision='v2')", "total('org/bert')"]
+    found, _ = fetch(tmp_path / "home", server, *calls)
+    for answer, name, part in zip(found, ["org/gated", "org/none", "org/bert", "org/cut", "a/b/c"],
+                                  ["restricted", "Repository Not Found", "Revision Not Found", "", "Repo id must be"]):
+        assert answer.startswith(f"{name}: no such folder, nor could it be had from the hub (") and "\n" not in answer
+        assert part in answer and "give a folder that has the model's files, or the id of a model" in answer
+    assert found[-2] == found[-1] and found[-1][0] > 0  # the broken half was not kept
+    server.server_close()
+    found, _ = fetch(tmp_path / "empty", server, "total('org/bert')")
+    assert found[0].startswith("org/bert: no such folder, nor could it be had from the hub (")
+
+
+# ------------------------------------------------------------------------------------------ GLUE
+
+
+def archive(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as out:
+        for name, text in members.items():
+            out.writestr(name, text)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def glue(tmp_path, monkeypatch, server):
+    """A server with the archive of CoLA and the two files of MRPC, their sizes and checksums in the script's table."""
+    cola = archive({"CoLA/": "", "CoLA/train.tsv": "a\t1\t\tgood one\n", "CoLA/dev.tsv": "a\t0\t*\tone bad\n", "CoLA/test.tsv": "",
+                    "CoLA/original/raw/dev.tsv": "wrong", "__MACOSX/CoLA/._dev.tsv": "wrong"})
+    corpus = "\ufeff" + MRPC_HEADER.replace("\n", "\r\n") + "".join(
+        f"{i % 2}\t{i}\t{i + 10}\tsentence {i}\tother \u201c{i}\r\n" for i in range(6))
+    server.files = {"CoLA.zip": cola, "msr_paraphrase_train.txt": corpus.encode(), "dev_ids.tsv": b"2\t12\n5\t15\n3\t99\n"}
+    entry = lambda name: (f"{server.address}/{name}", len(server.files[name]), hashlib.sha256(server.files[name]).hexdigest())
+    monkeypatch.setattr(train_glue, "DOWNLOADS", {"cola": [entry("CoLA.zip")],
+                                                  "mrpc": [entry("msr_paraphrase_train.txt"), entry("dev_ids.tsv")]})
+    monkeypatch.setenv("BILORA_CACHE", str(tmp_path / "cache"))
+    return server
+
+
+FILES = ["train.tsv", "dev.tsv"]
+
+
+def test_glue_is_downloaded_once(tmp_path, glue, capsys):
+    folder = downloaded_glue("cola", FILES)
+    assert folder == str(tmp_path / "cache" / "glue" / "cola") and sorted(os.listdir(folder)) == ["dev.tsv", "train.tsv"]
+    assert [read_tsv(TASKS["cola"], os.path.join(folder, name)) for name in FILES] == [[(("good one",), 1)], [(("one bad",), 0)]]
+    assert "100%" in capsys.readouterr().err  # a progress bar
+    asked = len(glue.asked)
+    assert downloaded_glue("cola", FILES) == folder and len(glue.asked) == asked
+    assert os.listdir(tmp_path / "cache" / "glue") == ["cola"]
+
+
+def test_mrpc_is_put_together(glue):
+    folder = downloaded_glue("mrpc", FILES)
+    train, dev = (read_tsv(TASKS["mrpc"], os.path.join(folder, name)) for name in FILES)
+    assert dev == [(("sentence 2", "other \u201c2"), 0), (("sentence 5", "other \u201c5"), 1)]
+    assert [text[0] for text, _ in train] == [f"sentence {i}" for i in (0, 1, 3, 4)]
+
+
+@pytest.mark.skipif("GLUE_DATA" not in os.environ, reason="GLUE_DATA is not set to a folder with GLUE's files")
+def test_mrpc_split_of_the_real_rows(tmp_path):
+    """GLUE's two files, thrown together and split again."""
+    real = {name: open(os.path.join(os.environ["GLUE_DATA"], "MRPC", name), "rb").read().splitlines(True) for name in FILES}
+    ids = [b"\t".join(row.split(b"\t")[1:3]) + b"\n" for row in real["dev.tsv"][1:]]
+    (tmp_path / "ids").write_bytes(b"".join(ids))
+    (tmp_path / "corpus").write_bytes(b"".join([*real["train.tsv"], *real["dev.tsv"][1:]]))
+    train_glue.split_mrpc(tmp_path / "corpus", tmp_path / "ids", tmp_path)
+    assert len(ids) == 408 and all((tmp_path / name).read_bytes().splitlines(True)[1:] == rows[1:] for name, rows in real.items())
+
+
+def test_broken_downloads_leave_nothing(tmp_path, glue):
+    for damage in ("cut", "changed", "longer", "gone"):
+        with pytest.MonkeyPatch.context() as patch:
+            if damage == "cut":
+                patch.setattr(glue, "short", {"dev_ids.tsv", "CoLA.zip"})
+            elif damage == "gone":
+                patch.setattr(glue, "files", {})
+            else:
+                change = (lambda data: data[:-1] + b"?") if damage == "changed" else (lambda data: data + b"?")
+                patch.setattr(glue, "files", {name: change(data) for name, data in glue.files.items()})
+            for name in ("cola", "mrpc"):
+                with pytest.raises(ValueError, match=f"^{glue.address}/") as caught:
+                    downloaded_glue(name, FILES)
+                expected = {"gone": "404", "changed": "with sha256"}.get(damage, "bytes with sha256")
+                assert expected in str(caught.value) and not os.listdir(tmp_path / "cache" / "glue")
+    assert sorted(os.listdir(downloaded_glue("mrpc", FILES))) == ["dev.tsv", "train.tsv"]
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, glue, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_glue, "unpack", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        downloaded_glue("cola", FILES)
+    assert not os.listdir(tmp_path / "cache" / "glue")
+
+
+def test_a_run_without_data_and_without_network(tmp_path, glue, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, data in checkpoint("bert").items():
+        (tmp_path / name).write_bytes(data)
+    run = ["--task", "cola", "--model", ".", "--rank", "2", "--aux-rank", "2", "--max-length", "9", "--epochs", "1", "--seeds", "0"]
+    report = train_glue.main([*run, "--method", "lora", "--device", "cpu"])
+    assert report["results"][0]["metrics"]["accuracy"] in (0.0, 1.0)
+    shutil.rmtree(tmp_path / "cache")
+    glue.server_close()
+    for arguments, message in ((run, "CoLA.zip: <urlopen error"), (["--task", "qqp", *run[2:]], "qqp cannot be downloaded")):
+        with pytest.raises(SystemExit) as caught:
+            train_glue.main(arguments)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and message in error and "--data" in error and error.endswith("\n")
+
+
+def test_the_table_of_downloads():
+    for entries in train_glue.DOWNLOADS.values():
+        for address, size, sha256 in entries:
+            assert address.startswith("https://") and size > 6000 and len(bytes.fromhex(sha256)) == 32
+    assert train_glue.DOWNLOADS.keys() == TASKS.keys() - {"embedded", "qqp"}
+
+
+def test_where_the_cache_is(monkeypatch):
+    monkeypatch.setenv("BILORA_CACHE", "/elsewhere")
+    assert train_glue.cache_folder() == "/elsewhere"
+    monkeypatch.delenv("BILORA_CACHE")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert train_glue.cache_folder() == "/home/somebody/.cache/bilora"
