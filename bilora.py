@@ -414,12 +414,14 @@ def save_adapter(model, folder, rename=None):
     adapter_config.json, in PEFT's layout.
 
     rename: function or dict from this model's module names to another tree's.  Each file is
-    written under a temporary name and renamed.  Raises ValueError for a model without adapters, and
-    where rename gives two modules one name.
+    written under a temporary name and renamed.  Raises ValueError for a model without adapters,
+    where rename gives two modules one name, and where PEFT would find another adapter first.
     """
     config, slots = _adapter_layout(model, rename)
     os.makedirs(folder, exist_ok=True)
-    binary, settings = _adapter_files(folder)
+    settings, binary, safetensors = _adapter_files(folder)
+    if os.path.exists(safetensors):
+        raise ValueError(f"{safetensors}: another adapter is here, and PEFT reads that file first")
     torch.save({key: p.detach().cpu().contiguous() for key, p in slots.items()}, binary + ".tmp")
     with open(settings + ".tmp", "w", encoding="utf-8") as file:
         json.dump(config, file, indent=2)
@@ -428,43 +430,70 @@ def save_adapter(model, folder, rename=None):
 
 
 @torch.no_grad()
-def load_adapter(model, folder, rename=None):
+def load_adapter(model, folder, rename=None, read=None):
     """Copy a saved adapter's values into a model that add_lora has prepared in the same way.
 
-    Everything is compared before anything is copied.  Raises ValueError, naming the file and the
-    setting (rank, alpha, targets, base) that differs or the tensor that is missing, unexpected or
-    misshapen.  rename: as in save_adapter.
+    rename: as in save_adapter.  read: function from the path of adapter_model.safetensors, which
+    PEFT writes, to {name: tensor}; it is used where there is no adapter_model.bin.
+    Everything is compared before anything is copied; only PEFT's own files name no base.  Raises
+    ValueError, naming the file and the setting that differs, or changes what W is, or the tensor
+    that is missing, unexpected or misshapen.
     """
     config, slots = _adapter_layout(model, rename)
-    binary, settings = _adapter_files(folder)
+    settings, path, safetensors = _adapter_files(folder)
     with open(settings, encoding="utf-8") as file:
         try:
             saved = dict(json.load(file))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{settings}: not a JSON object: {error}") from None
-    for key in ("r", "lora_alpha", "target_modules", "base_fingerprint"):
-        if saved.get(key) != config[key]:
-            raise ValueError(f"{settings}: {key} is {str(saved.get(key))[:70]}, the model's is "
-                             f"{str(config[key])[:70]}")
-    with open(binary, "rb") as file:
-        try:
-            tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:  # whatever a broken file makes the unpickler stumble over
-            raise ValueError(f"{binary}: not a file of tensors ({type(error).__name__})") from None
+    _require_same_adapter(settings, saved, config)
+    if read is not None and not os.path.exists(path):
+        path, tensors = safetensors, read(safetensors)
+    else:
+        tensors = _unpickled(path)
     for key in [*slots, *tensors]:
         if key not in tensors or key not in slots:
-            raise ValueError(f"{binary}: {key} is {'unexpected' if key in tensors else 'missing'}")
+            raise ValueError(f"{path}: {key} is {'unexpected' if key in tensors else 'missing'}")
         found, shape = tensors[key], tuple(slots[key].shape)
         if not isinstance(found, torch.Tensor) or found.shape != shape:
-            raise ValueError(f"{binary}: {key} is not a tensor of shape {shape}")
+            raise ValueError(f"{path}: {key} is not a tensor of shape {shape}")
         if not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
-            raise ValueError(f"{binary}: {key} is not a dense tensor of floating-point numbers")
+            raise ValueError(f"{path}: {key} is not a dense tensor of floating-point numbers")
     for key, p in slots.items():
         p.copy_(tensors[key])
 
 
 def _adapter_files(folder):
-    return [os.path.join(folder, name) for name in ("adapter_model.bin", "adapter_config.json")]
+    names = ("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors")
+    return [os.path.join(folder, name) for name in names]
+
+
+def _unpickled(path):
+    with open(path, "rb") as file:
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever a broken file makes the unpickler stumble over
+            raise ValueError(f"{path}: not a file of tensors ({type(error).__name__})") from None
+
+
+HARMLESS = {  # of PEFT's settings: those that leave W = W0 + s B1 A1 as it is
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"}
+
+
+def _require_same_adapter(path, saved, config):
+    ours = ("target_modules", "base_fingerprint") if "base_fingerprint" in saved else ()
+    for key in ("peft_type", "r", "lora_alpha", "bias", *ours):
+        if saved.get(key) != config[key]:
+            raise ValueError(f"{path}: {key} is {str(saved.get(key))[:70]}, the model's is "
+                             f"{str(config[key])[:70]}")
+    initial = saved.get("init_lora_weights")  # some move a part of W0 into the adapter
+    if initial not in (None, True, False, "gaussian"):
+        raise ValueError(f"{path}: init_lora_weights is {initial!r}; expected true or gaussian")
+    for key, value in saved.items():
+        if value and key not in HARMLESS | config.keys() | {"init_lora_weights"}:
+            raise ValueError(f"{path}: {key} is {str(value)[:70]}; expected a plain LoRA")
 
 
 def _adapter_layout(model, rename):
@@ -489,7 +518,7 @@ def _adapter_layout(model, rename):
         raise ValueError("rename gives two modules one name")
     rank, alpha = next((layer.rank, layer.alpha) for layer in layers.values())
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0,
-              "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "bias": "none", "inference_mode": True,
               "target_modules": sorted(renamed(name) for name in layers),
               "modules_to_save": sorted({renamed(module) for module, *_ in full} - {""}) or None,
               "base_fingerprint": _fingerprint({renamed(n): layer for n, layer in layers.items()})}

@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path, make, edit
     assert_same_bits(net, before)
 
 
-@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "base_fingerprint"])
+@pytest.mark.parametrize("key", ["peft_type", "bias", "r", "lora_alpha", "target_modules"])
 def test_every_setting_has_to_be_there(tmp_path, key):
     save_adapter(prepared(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -210,6 +210,55 @@ def test_every_setting_has_to_be_there(tmp_path, key):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"{key} is None"):
         load_adapter(prepared(), tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("peft_type", "LOHA"), ("bias", "all"), ("r", 3), ("lora_alpha", 7), ("use_rslora", True), ("use_dora", True), ("rank_pattern", {"first": 3}),
+    ("alpha_pattern", {"first": 3}), ("lora_bias", True), ("fan_in_fan_out", True), ("init_lora_weights", "pissa"),
+    ("layer_replication", [[0, 1]]), ("something_new", 1),
+])
+def test_settings_of_peft_that_make_another_layer_are_refused(tmp_path, key, value):
+    """Without the fingerprint the folder is one that PEFT wrote; its other settings change nothing."""
+    save_adapter(prepared(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["base_fingerprint"]
+    config |= {"target_modules": ["first", "last", "shared"], "peft_version": "0.21.2", "layers_to_transform": None,
+               "revision": "main", "lora_dropout": 0.1, "rank_pattern": {}, "use_dora": False, "init_lora_weights": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    load_adapter(prepared(seed=5), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+    net = prepared(seed=5)
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=f"adapter_config.json: {key} is"):
+        load_adapter(net, tmp_path)
+    assert_same_bits(net, before)
+
+
+def test_a_reader_of_another_format(tmp_path):
+    """It gets the path that PEFT writes to, and only where there is no adapter_model.bin; saving beside such a file is refused."""
+    net, other, calls = prepared(), prepared(seed=5), []
+    save_adapter(net, tmp_path)
+    tensors = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+
+    def read(path):
+        calls.append(path)
+        return tensors
+
+    load_adapter(other, tmp_path, read=read)
+    assert not calls
+    os.rename(tmp_path / "adapter_model.bin", tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FileNotFoundError, match="adapter_model.bin"):
+        load_adapter(prepared(seed=5), tmp_path)
+    other = prepared(seed=5)
+    load_adapter(other, tmp_path, read=read)
+    assert calls == [str(tmp_path / "adapter_model.safetensors")]
+    assert all(torch.equal(p, q) for p, q in zip(primary_parameters(other), primary_parameters(net)))
+    tensors.pop("base_model.model.last.lora_B.weight")
+    with pytest.raises(ValueError, match="adapter_model.safetensors: .*last.lora_B.weight is missing"):
+        load_adapter(other, tmp_path, read=read)
+    with pytest.raises(ValueError, match="adapter_model.safetensors: another adapter is here"):
+        save_adapter(net, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 class Payload:
