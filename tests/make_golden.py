@@ -1,17 +1,27 @@
-"""Writes tests/golden/: a tiny random checkpoint of each family, and what transformers computes from it.
+"""Writes tests/golden/: a tiny random checkpoint of each family, and what transformers and PEFT compute from it.
 
-    pip install transformers==5.23.0 && python tests/make_golden.py
+    pip install transformers==5.23.0 peft==0.21.2
+    MINILM=FOLDER python tests/make_golden.py     # FOLDER: all-MiniLM-L6-v2, for minilm.pt
 
-transformers is needed here alone, for the tests read the files.  Each folder holds config.json, model.safetensors and
-expected.pt: padded token ids and their mask, with the padding on the right and on the left, the logits of every token
-(of the row, for a classifier) and, where there is a decoder, the tokens of greedy generation.
+transformers and PEFT are needed here alone, for the tests read the files.  Each folder holds config.json,
+model.safetensors, an adapter that PEFT saved, and expected.pt: rows of token ids, the logits of every token (of the row,
+for a classifier) without and with the adapter and, where there is a decoder, the tokens of greedy generation.  On the way
+the script loads into PEFT what bilora.py saves, from our models and from transformers' own, and into transformers the
+merged checkpoint; it stops where a logit differs.
 """
 
 import os
 import shutil
+import sys
+import tempfile
 
+import peft
 import torch
 import transformers
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from bilora import add_lora, load_adapter, merge_lora_, save_adapter  # noqa: E402
+from model import Transformer, load_tokenizer, read_safetensors, save_pretrained  # noqa: E402
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 ENCODER = dict(vocab_size=40, hidden_size=8, intermediate_size=12, num_attention_heads=2, num_hidden_layers=2,
@@ -37,43 +47,121 @@ FAMILIES = {
 NEW_TOKENS = 10
 
 
+# what PEFT adapts, and the same layers by our names
+TARGETS = {
+    "bert": (["query", "value"], r"attention\.(q|v)$"), "roberta": (["key", "dense"], r"attention\.(k|o)$|mlp\."),
+    "t5": (["q", "wo"], r"\.q$|mlp\.down$"), "flan-t5": (["o", "wi_0", "wi_1"], r"\.o$|mlp\.(gate|up)$"),
+    "llama2": (["q_proj", "down_proj"], r"\.q$|mlp\.down$"), "llama3": ("all-linear", None),
+    "qwen2": (["k_proj", "v_proj"], r"\.(k|v)$"),
+}
+GENERATOR = torch.Generator().manual_seed(6)  # with which every family's three rows are continued differently
+ROWS = [torch.randint(7, 40, (n,), generator=GENERATOR) for n in (9, 5, 2)]
+DECODED = torch.tensor([[0, 8, 9], [0, 30, 31], [0, 12, 20]])
+
+
+def padded(side, pad):
+    """(ids, mask) of ROWS."""
+    ids, mask = torch.full((3, 9), pad), torch.zeros(3, 9, dtype=torch.long)
+    for i, row in enumerate(ROWS):
+        where = slice(0, len(row)) if side == "right" else slice(9 - len(row), 9)
+        ids[i, where], mask[i, where] = row, 1
+    return ids, mask
+
+
 @torch.no_grad()
+def logits_of(model, pad):
+    """(3, labels) of a classifier, (3, 3, vocab) of T5, (all tokens, vocab) of a decoder, from a padded batch."""
+    found = []
+    if model.config.model_type in ("bert", "roberta"):  # each row alone: their positions are counted from the padding on
+        return torch.cat([model(input_ids=row[None]).logits for row in ROWS])
+    for side in ("right", "left"):
+        ids, mask = padded(side, pad)
+        if model.config.model_type == "t5":
+            found.append(model(input_ids=ids, attention_mask=mask, decoder_input_ids=DECODED).logits)
+        else:
+            place = (mask.cumsum(1) - 1).clamp(min=0)
+            found.append(model(input_ids=ids, attention_mask=mask, position_ids=place).logits[mask.bool()])
+    same(*found)
+    return found[0]
+
+
+@torch.no_grad()
+def randomize(parameters):
+    for p in parameters:
+        p.add_(0.3 * torch.randn_like(p))
+
+
 def write(name, model_class, config_class, settings):
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings)).eval()
-    for p in model.parameters():
-        p.add_(0.3 * torch.randn_like(p))
-    folder = os.path.join(HERE, name)
+    randomize(model.parameters())
+    folder, pad = os.path.join(HERE, name), settings.get("pad_token_id") or 0
     model.save_pretrained(folder)
-    for extra in os.listdir(folder):
-        if extra not in ("config.json", "model.safetensors"):
-            os.remove(os.path.join(folder, extra))
-    rows, expected = [torch.randint(7, 40, (n,)) for n in (9, 5, 2)], {}
-    pad = settings.get("pad_token_id") or 0
-    for side in ("right", "left"):
-        ids, mask = torch.full((3, 9), pad), torch.zeros(3, 9, dtype=torch.long)
-        for i, row in enumerate(rows):
-            where = slice(0, len(row)) if side == "right" else slice(9 - len(row), 9)
-            ids[i, where], mask[i, where] = row, 1
-        expected[side] = {"input_ids": ids, "attention_mask": mask}
-        if "T5" in model_class:
-            expected[side]["decoder_input_ids"] = torch.tensor([[0, 8, 9], [0, 30, 31], [0, 12, 20]])
-            expected[side]["logits"] = model(**expected[side]).logits
-        elif "Causal" in model_class:
-            place = (mask.cumsum(1) - 1).clamp(min=0)
-            expected[side]["logits"] = model(input_ids=ids, attention_mask=mask, position_ids=place).logits
-        else:  # each row alone: transformers' encoders count positions from the padding on
-            expected[side]["logits"] = torch.cat([model(input_ids=row[None]).logits for row in rows])
+    remove_all_but(folder, "config.json", "model.safetensors")
+    expected = {"rows": ROWS, "logits": logits_of(model, pad)}
     if "Classification" not in model_class:
         expected["greedy"] = []
-        for row in rows:
+        for row in ROWS:
             out = model.generate(input_ids=row[None], attention_mask=torch.ones_like(row)[None], do_sample=False,
                                  max_new_tokens=NEW_TOKENS, pad_token_id=0)[0]
             expected["greedy"].append(out[1:] if "T5" in model_class else out[len(row):])
+    expected["adapted_logits"] = write_adapter(name, folder, getattr(transformers, model_class), pad)
     torch.save(expected, os.path.join(folder, "expected.pt"))
+
+
+def write_adapter(name, folder, model_class, pad):
+    """PEFT's adapter in folder/peft; its logits, which are compared with those of every other way there."""
+    classifier, (targets, ours) = "bert" in name, TARGETS[name]
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, modules_to_save=["classifier"] if classifier else None)
+    if name == "roberta":  # "dense" is in the head too, which is trained in full
+        config.target_modules = r".*(key|attention.output.dense|intermediate.dense|output.dense)"
+    theirs = peft.get_peft_model(model_class.from_pretrained(folder), config).eval()
+    randomize(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(os.path.join(folder, "peft"))
+    remove_all_but(os.path.join(folder, "peft"), "adapter_config.json", "adapter_model.safetensors")
+    logits = logits_of(theirs, pad)
+
+    with tempfile.TemporaryDirectory() as saved:
+        model = Transformer.from_pretrained(folder, num_labels=3 if classifier else None)  # PEFT's file, into ours
+        add_lora(model, 2, 6, aux_rank=2, targets=ours)
+        if classifier:
+            model.classifier.requires_grad_(True)
+        load_adapter(model, os.path.join(folder, "peft"), model.module_names, read_safetensors)
+        save_adapter(model, saved, model.module_names)  # ours, into PEFT
+        same(logits, logits_of(peft.PeftModel.from_pretrained(model_class.from_pretrained(folder), saved).eval(), pad))
+        save_pretrained(merge_lora_(model), os.path.join(saved, "merged"), folder)  # ours, into transformers
+        same(logits, logits_of(model_class.from_pretrained(os.path.join(saved, "merged")).eval(), pad))
+    with tempfile.TemporaryDirectory() as saved:
+        model = model_class.from_pretrained(folder).eval()  # transformers' own module tree: nothing is renamed
+        randomize(p for layer in add_lora(model, 2, 6, aux_rank=2) for p in layer.parameters() if p.requires_grad)
+        save_adapter(model, saved)
+        same(logits_of(model, pad), logits_of(peft.PeftModel.from_pretrained(model_class.from_pretrained(folder), saved).eval(), pad))
+    return logits
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def remove_all_but(folder, *names):
+    for extra in os.listdir(folder):
+        if extra not in names:
+            os.remove(os.path.join(folder, extra))
+
+
+@torch.no_grad()
+def write_minilm(folder):
+    """Real weights: the pooled output of two sentences in one batch, padded on the right."""
+    sentences = ["A man is playing a guitar.", "The bank raised its rates, to nobody's surprise."]
+    rows = load_tokenizer(folder).encode_batch(sentences)
+    ids, mask = (torch.tensor([getattr(row, field) for row in rows]) for field in ("ids", "attention_mask"))
+    model = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    pooled = model(input_ids=ids, attention_mask=mask).pooler_output
+    torch.save({"sentences": sentences, "pooled": pooled}, os.path.join(HERE, "minilm.pt"))
 
 
 if __name__ == "__main__":
     shutil.rmtree(HERE, ignore_errors=True)
     for family, entry in FAMILIES.items():
         write(family, *entry)
+    write_minilm(os.environ["MINILM"])

@@ -1,5 +1,5 @@
-"""Checkpoints of every family against transformers: logits and greedy tokens of tiny random models, recorded in
-tests/golden/ by tests/make_golden.py.  Generation is also compared with itself: in a batch, one by one, without a cache.
+"""Checkpoints of every family against transformers, adapters against PEFT: logits and greedy tokens of tiny random models,
+recorded in tests/golden/ by tests/make_golden.py.  Generation is also compared with itself: in a batch, one by one, without a cache.
 """
 
 import json
@@ -10,12 +10,16 @@ import shutil
 
 import pytest
 import torch
+import torch.nn as nn
 
-from model import Transformer, llama3_scaling, read_config, read_safetensors, read_tensors, relative_bucket
+from bilora import add_lora, load_adapter, merge_lora_, save_adapter
+from model import (Transformer, llama3_scaling, load_tokenizer, read_config, read_safetensors, read_tensors, relative_bucket,
+                   save_pretrained)
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
-FAMILIES = sorted(os.listdir(GOLDEN))
+FAMILIES = sorted(name for name in os.listdir(GOLDEN) if os.path.isdir(os.path.join(GOLDEN, name)))
 DECODERS = [name for name in FAMILIES if "bert" not in name]
+DECODED = torch.tensor([[0, 8, 9], [0, 30, 31], [0, 12, 20]])  # what T5's decoder reads, as in make_golden.py
 
 
 def load(name, **settings):
@@ -25,28 +29,113 @@ def load(name, **settings):
             torch.load(os.path.join(folder, "expected.pt"), weights_only=True))
 
 
+def padded(model, rows, side):
+    """The model's arguments for rows in one batch, and where in its logits the tokens are."""
+    length = max(map(len, rows))
+    ids, mask = torch.full((len(rows), length), model.config.pad_id), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, where], mask[i, where] = row, 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if model.encoder is None:
+        return batch, mask.bool()
+    return {**batch, "decoder_input_ids": DECODED if model.decoder else None}, ...
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_logits_are_those_of_transformers(name, side):
     model, expected = load(name)
-    logits = expected[side].pop("logits")
-    found = model(**expected[side])
-    keep = expected[side]["attention_mask"].bool() if found.dim() == 3 and model.encoder is None else ...
-    assert logits.std() > 0.05
-    torch.testing.assert_close(found[keep], logits[keep], rtol=0, atol=1e-4)
+    batch, keep = padded(model, expected["rows"], side)
+    assert expected["logits"].std() > 0.05
+    torch.testing.assert_close(model(**batch)[keep], expected["logits"], rtol=0, atol=1e-4)
+
+
+# the layers that make_golden.py lets PEFT adapt, by our names
+TARGETS = {"bert": r"attention\.(q|v)$", "roberta": r"attention\.(k|o)$|mlp\.", "t5": r"\.q$|mlp\.down$",
+           "flan-t5": r"\.o$|mlp\.(gate|up)$", "llama2": r"\.q$|mlp\.down$", "llama3": None, "qwen2": r"\.(k|v)$"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_adapters_of_peft_there_and_back(name, tmp_path):
+    """PEFT's own file gives PEFT's logits; saved again, names and numbers are PEFT's; merged, a checkpoint that
+    gives the same logits.  (make_golden.py had PEFT read what bilora.py saves, and transformers what is merged.)"""
+    model, expected = load(name)
+    add_lora(model, 2, 6, aux_rank=2, targets=TARGETS[name])
+    if model.classifier is not None:
+        model.classifier.requires_grad_(True)
+    theirs = os.path.join(GOLDEN, name, "peft")
+    load_adapter(model, theirs, model.module_names, read_safetensors)
+    batch, keep = padded(model, expected["rows"], "right")
+    assert (expected["adapted_logits"] - expected["logits"]).abs().max() > 0.1
+    torch.testing.assert_close(model(**batch)[keep], expected["adapted_logits"], rtol=0, atol=1e-4)
+
+    save_adapter(model, tmp_path, model.module_names)
+    saved = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+    found = read_safetensors(os.path.join(theirs, "adapter_model.safetensors"))
+    assert saved.keys() == found.keys() and all(torch.equal(saved[key], found[key]) for key in saved)
+    ours, written = (json.load(open(os.path.join(folder, "adapter_config.json"))) for folder in (tmp_path, theirs))
+    assert all(ours[key] == written[key] for key in ("peft_type", "r", "lora_alpha", "bias"))
+    assert set(ours["target_modules"]) == {key.rpartition(".lora_A")[0].removeprefix("base_model.model.")
+                                           for key in found if ".lora_A" in key}
+
+    save_pretrained(merge_lora_(model), tmp_path / "merged", os.path.join(GOLDEN, name))
+    assert not any("lora" in key or "aux" in key for key in read_safetensors(tmp_path / "merged" / "model.safetensors"))
+    merged = Transformer.from_pretrained(tmp_path / "merged", num_labels=model.config.num_labels)
+    torch.testing.assert_close(merged(**batch)[keep], expected["adapted_logits"], rtol=0, atol=1e-4)
+    config = json.load(open(tmp_path / "merged" / "config.json"))
+    assert config["id2label"].keys() == {"0", "1", "2"} if model.classifier is not None else "id2label" not in config
+
+
+@pytest.mark.parametrize("name", ["bert", "llama3"])
+def test_bilora_alone_on_a_plain_module_tree(name, tmp_path):
+    """Modules that are called what transformers calls them: PEFT's file is read and written with nothing renamed."""
+    tensors = read_safetensors(os.path.join(GOLDEN, name, "peft", "adapter_model.safetensors"))
+    tree = nn.Module()
+    for key, tensor in tensors.items():
+        path, _, last = key.removeprefix("base_model.model.").rpartition(".lora_A.weight" if ".lora_" in key else ".")
+        if path and last in ("", "weight"):
+            B = tensors.get(key.replace("lora_A", "lora_B"), tensor)
+            parent = tree
+            *parents, child = path.split(".")
+            for part in parents:
+                if not hasattr(parent, part):
+                    parent.add_module(part, nn.Module())
+                parent = getattr(parent, part)
+            parent.add_module(child, nn.Linear(tensor.shape[1], len(B)))
+    add_lora(tree, 2, 6, aux_rank=2)
+    if name == "bert":
+        tree.classifier.requires_grad_(True)
+    load_adapter(tree, os.path.join(GOLDEN, name, "peft"), read=read_safetensors)
+    save_adapter(tree, tmp_path)
+    saved = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+    assert saved.keys() == tensors.keys() and all(torch.equal(saved[key], tensors[key]) for key in saved)
+
+
+@pytest.mark.skipif("MINILM" not in os.environ, reason="MINILM is not set to a folder with all-MiniLM-L6-v2")
+@torch.no_grad()
+def test_minilm_pooled_output_is_that_of_transformers():
+    model = Transformer.from_pretrained(os.environ["MINILM"], num_labels=2)
+    expected = torch.load(os.path.join(GOLDEN, "minilm.pt"), weights_only=True)
+    rows = load_tokenizer(os.environ["MINILM"]).encode_batch(expected["sentences"])
+    ids, mask = (torch.tensor([getattr(row, field) for row in rows]) for field in ("ids", "attention_mask"))
+    pooled = model.pool(model.hidden(ids, mask), mask)
+    torch.testing.assert_close(pooled, expected["pooled"], rtol=0, atol=1e-5)
+    assert pooled.std() > 0.05 and not mask.all()
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_greedy_tokens_are_those_of_transformers_however_they_are_batched(name):
     model, expected = load(name)
-    rows = [ids[mask.bool()] for ids, mask in zip(expected["right"]["input_ids"], expected["right"]["attention_mask"])]
     for side in ("right", "left"):
-        out = model.generate(expected[side]["input_ids"], expected[side]["attention_mask"], max_new_tokens=10)
+        batch, _ = padded(model, expected["rows"], side)
+        out = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=10)
         for row, tokens in zip(out, expected["greedy"]):
             assert row[:len(tokens)].tolist() == tokens.tolist()
             assert (row[len(tokens):] == model.config.pad_id).all()  # ended: filled up
-    for row, tokens in zip(rows, expected["greedy"]):
+    for row, tokens in zip(expected["rows"], expected["greedy"]):
         assert model.generate(row[None], max_new_tokens=10)[0].tolist() == tokens.tolist()
         assert greedy_without_cache(model, row, len(tokens)) == tokens.tolist()
     assert len({tuple(tokens.tolist()) for tokens in expected["greedy"]}) == 3
@@ -66,7 +155,7 @@ def greedy_without_cache(model, row, count):
 
 def test_generation_ends_at_any_of_several_tokens():
     model, expected = load("llama2")
-    prompt, tokens = expected["right"]["input_ids"][:1], expected["greedy"][0].tolist()
+    prompt, tokens = expected["rows"][0][None], expected["greedy"][0].tolist()
     stop = tokens[3]
     cut = tokens[:tokens.index(stop) + 1]
     assert model.generate(prompt, max_new_tokens=10, eos_id=[stop, 999])[0].tolist() == cut
@@ -77,7 +166,7 @@ def test_generation_ends_at_any_of_several_tokens():
 @torch.no_grad()
 def test_sampling_follows_the_distribution():
     model, expected = load("qwen2")
-    prompt = expected["right"]["input_ids"][:1]
+    prompt = expected["rows"][0][None]
     torch.manual_seed(0)
     drawn = model.generate(prompt.repeat(4000, 1), max_new_tokens=1, temperature=0.7)[:, 0]
     p = torch.softmax(model(prompt)[0, -1] / 0.7, -1)
