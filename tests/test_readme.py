@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 import bilora
+from model import read_safetensors
 from train_glue import TASKS, parse_arguments
 
 README = open(os.path.join(os.path.dirname(__file__), "..", "README.md"), encoding="utf-8").read()
@@ -33,9 +34,18 @@ def test_the_example_trains_a_model():
         losses.append(loss.item())
         return loss
 
-    example = BLOCKS[-1].replace("lr=5e-4", "lr=5e-2").replace("rank=8", "rank=4")  # small layers, few steps
+    example = BLOCKS[3].replace("lr=5e-4", "lr=5e-2").replace("rank=8", "rank=4")  # small layers, few steps
     exec(example, {**vars(bilora), "model": model, "batches": batches, "backward": backward})
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_adapter_of_peft_goes_through(tmp_path, monkeypatch):
+    golden = os.path.join(os.path.dirname(__file__), "golden", "qwen2")
+    monkeypatch.chdir(tmp_path)
+    example = BLOCKS[5].replace("meta-llama/Llama-3.2-1B", golden).replace("peft_adapter", os.path.join(golden, "peft"))
+    exec(example.replace("rank=8, alpha=16", "rank=2, alpha=6").replace("(q|v)", "(k|v)"), {})
+    assert torch.load("same_adapter/adapter_model.bin", weights_only=True).keys() == read_safetensors(
+        os.path.join(golden, "peft", "adapter_model.safetensors")).keys()
 
 
 def test_names_and_options_exist():
