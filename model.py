@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from tokenizers import BertWordPieceTokenizer, Tokenizer
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Config:
     eps: float = 1e-5               # of the norms
     dropout: float = 0.0            # of the embeddings, the sublayers' outputs and the pooled state
     attention_dropout: float = 0.0  # of the attention weights
+    checkpointing: bool = False     # in training, keep a block's input alone and compute the block again for its gradient
     num_labels: int | None = None   # outputs of the classifier; None: no classifier
     pad_id: int = 0
     start_id: int = 0               # first token of an encoder-decoder's decoder
@@ -199,6 +201,8 @@ class Stack(nn.Module):
             bias = relative_bias(config, self.relative_bias.weight, past, L, self.causal)  # (1, H, L, K)
             keep = bias if keep is None else bias.masked_fill(~keep, torch.finfo(bias.dtype).min)
         for i, block in enumerate(self.blocks):
+            if config.checkpointing and self.training:
+                block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, keep, causal, rotation, memory, memory_mask, *([cache[i]] if cache else []))
         return self.dropout(self.final_norm(x)) if config.positions == "relative" else self.final_norm(x)
 
@@ -329,7 +333,7 @@ class Transformer(nn.Module):
     def generate(self, input_ids, attention_mask=None, max_new_tokens=128, eos_id=None, temperature=0.0):
         """New token ids, (B, at most max_new_tokens): the likeliest at temperature 0, else drawn from softmax(logits /
         temperature).  Prompts may differ in length, padded on either side.  A row ends at eos_id (one id or several, by
-        default the checkpoint's) and is filled up with the pad id; all rows ended ends the call.
+        default the checkpoint's), leaves the batch and is filled up with the pad id; all rows ended ends the call.
         """
         eos = torch.tensor(as_list(self.config.eos_id if eos_id is None else eos_id), device=input_ids.device)
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
@@ -340,19 +344,26 @@ class Transformer(nn.Module):
             ids = torch.full_like(ids[:, :1], self.config.start_id)
             mask = torch.ones_like(ids, dtype=torch.bool)
         last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)  # of each prompt
-        new, ended = [], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        while len(new) < max_new_tokens and not ended.all():
+        new = torch.full((len(ids), max_new_tokens), self.config.pad_id, device=ids.device)
+        rows = torch.arange(len(ids), device=ids.device)         # those of the batch that go on
+        for step in range(max_new_tokens):
             h = self.decoder(ids, mask, None, memory, memory_mask, cache)
             logits = self.logits(h[torch.arange(len(h), device=h.device), last]).float()  # (B, V)
             if temperature > 0:
                 token = torch.multinomial(torch.softmax(logits / temperature, -1), 1)[:, 0]
             else:
                 token = logits.argmax(-1)
-            new.append(torch.where(ended, self.config.pad_id, token))
-            ended = ended | torch.isin(token, eos)
-            ids, last = new[-1][:, None], torch.zeros_like(last)
+            new[rows, step] = token
+            on = ~torch.isin(token, eos)
+            if not on.all():
+                rows, token, mask, last = rows[on], token[on], mask[on], last[on]
+                cache = [tuple([part[on] for part in attention] for attention in block) for block in cache]
+                memory, memory_mask = (None if part is None else part[on] for part in (memory, memory_mask))
+            if len(rows) == 0:
+                return new[:, :step + 1]
+            ids, last = token[:, None], torch.zeros_like(last)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        return torch.stack(new, 1) if new else input_ids.new_empty(len(input_ids), 0)
+        return new
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id, num_labels=None, dtype=None, revision=None):

@@ -586,11 +586,12 @@ def scores_of(task, predictions, sets):
 
 
 def evaluate(model, experiment, sets, args):
-    """({metric: value}, {set: predictions per class}) of {set: examples}."""
+    """({metric: value}, for the run's record: predictions per class and whether they are all of one)."""
     predictions = {name: predict(model, experiment, examples, args) for name, examples in sets.items()}
     classes = range(len(experiment.task.labels))
     counts = {name: [p.count(c) for c in classes] for name, p in predictions.items() if classes}
-    return scores_of(experiment.task, predictions, sets), counts
+    one_class = any(max(row) == sum(row) for row in counts.values())
+    return scores_of(experiment.task, predictions, sets), {"predicted": counts, "one_class": one_class}
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -599,31 +600,20 @@ def evaluate(model, experiment, sets, args):
 def forward_backward(model, experiment, examples, args):
     """Mean loss over the examples, or over their answers' tokens, 0-dim; its gradient is added up micro-batch by micro-batch."""
     device, size, total = torch.device(args.device), args.micro_batch or len(examples), 0.0
-    answers = experiment.answers
-    count = len(examples) if answers is None else sum(len(answers[label]) for *_, label in examples)
+    count = experiment.count(examples)
     for start in range(0, len(examples), size):
         with precision(device, args.bf16):
-            loss = summed_loss(model, experiment, examples[start:start + size], device) / count
+            loss = experiment.loss(model, examples[start:start + size], device) / count
         loss.backward()
         total = total + loss.detach()
     return total
-
-
-def summed_loss(model, experiment, examples, device):
-    if experiment.answers is not None:
-        prompts, answers = zip(*((ids, experiment.answers[label]) for ids, _, label in examples))
-        return answer_losses(model, prompts, answers, experiment.pad_id, device).sum()
-    ids, types, mask, labels = collate(examples, experiment.pad_id, device)
-    logits = model(ids, mask, types).float()
-    if experiment.task.labels:
-        return F.cross_entropy(logits, labels, reduction="sum")
-    return F.mse_loss(logits[:, 0], labels, reduction="sum")
 
 
 def prepare(args, method, seed, build):
     """(model, layers, optimizer) of a run: the same head and primary pairs for every method of a seed."""
     torch.manual_seed(seed)  # first: head and adapters are drawn from it
     model = build().to(args.device)
+    model.config.checkpointing = args.checkpointing
     layers = add_lora(model, args.rank, args.alpha, args.aux_rank if method == "bi-lora" else 0)
     if model.classifier is not None:
         model.classifier.requires_grad_(True)
@@ -648,78 +638,132 @@ def train(args, method, seed, experiment, folder):
     """One method, one seed.  Returns the run's metrics, and leaves a run folder with all there is to know about it."""
     examples, sets = experiment.data(seed)
     model, layers, optimizer = prepare(args, method, seed, experiment.build)
-    primary = primary_parameters(model)
-    rho = radius(args, method)
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
-    schedule, rng, log, epochs = cosine_schedule(optimizer, steps), random.Random(seed), [], []
+    schedule, rng = cosine_schedule(optimizer, steps), random.Random(seed)
+    run = {"log": [], "epochs": [], "order": rng.getstate(), "done": 0}  # done: batches of the epoch that begins with `order`
+    state = os.path.join(folder, "state.pt")
+    if args.resume and os.path.exists(state):
+        run = load_state(state, model, optimizer, schedule)
     reset_peak_memory(args.device)
-    bar = tqdm(total=steps, desc=f"{method}, seed {seed}", leave=False, disable=None)
-    for epoch in range(1, args.epochs + 1):
+    bar = tqdm(total=steps, initial=len(run["log"]), desc=f"{method}, seed {seed}", leave=False, disable=None)
+    for epoch in range(len(run["epochs"]) + 1, args.epochs + 1):
+        rng.setstate(run["order"])
         model.train()
-        for batch in batch_order(examples, args.batch_size, rng):
-            passes = []
-
-            def closure():
-                if method == "lora-sam":  # for the log: how far apart the weights of the two passes are
-                    passes.append([p.detach().clone() for p in primary])
-                return forward_backward(model, experiment, [examples[i] for i in batch], args)
-
-            begin, lr = time.perf_counter(), schedule.get_last_lr()[0]
-            if method == "lora":
-                loss = lora_step(optimizer, closure)
-            elif method == "lora-sam":
-                loss = lora_sam_step(optimizer, closure, rho, primary)
-            elif method == "bi-lora":
-                loss = bilora_step(optimizer, closure, layers, rho)
-            loss = loss.item()  # waits for the device
-            seconds = time.perf_counter() - begin
+        for batch in batch_order(examples, args.batch_size, rng)[run["done"]:]:
+            lr = schedule.get_last_lr()[0]
+            row = train_step(args, method, model, layers, optimizer, experiment, [examples[i] for i in batch])
             schedule.step()
-            norm = get_total_norm([a - b for a, b in zip(*passes)]) if passes else perturbation_norm(layers)
-            log.append({"step": len(log) + 1, "epoch": epoch, "loss": loss, "lr": lr, "perturbation": norm.item(),
-                        "clipped": method == "bi-lora" and norm.item() >= rho * (1 - 1e-5), "seconds": seconds})
+            run["log"].append({"step": len(run["log"]) + 1, "epoch": epoch, "lr": lr, **row})
+            run["done"] += 1
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}")
-        metrics, predicted = evaluate(model, experiment, sets, args)
-        epochs.append({"epoch": epoch, "loss": statistics.fmean(row["loss"] for row in log if row["epoch"] == epoch),
-                       **metrics, "predicted": predicted})
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            if args.save_every and len(run["log"]) % args.save_every == 0:
+                save_state(state, model, optimizer, schedule, run)
+        last = epoch == args.epochs
+        metrics, record = experiment.evaluate(model, sets, args) if last or experiment.every_epoch else ({}, {})
+        loss = statistics.fmean(row["loss"] for row in run["log"] if row["epoch"] == epoch)
+        run["epochs"].append({"epoch": epoch, "loss": loss, **metrics, **record})
+        run |= {"order": rng.getstate(), "done": 0}
     bar.close()
-    best = max(epochs, key=lambda row: row[experiment.metric])
-    result = {"method": method, "seed": seed, "config": run_config(args, method, seed, experiment),
-              "parameters": parameter_counts(model),
-              "metrics": {**metrics, **{f"best_{name}": best[name] for name in metrics}}, "best_epoch": best["epoch"],
-              "one_class": any(max(counts) == sum(counts) for counts in predicted.values()), "epochs": epochs,
-              "clipped_fraction": statistics.fmean(row["clipped"] for row in log),
-              "step_seconds": statistics.median(row["seconds"] for row in log),
-              "peak_memory_bytes": peak_memory(args.device)}
-    write_run(result, log, model, experiment, folder, args.merge)
-    return result
+    return write_run(args, method, seed, experiment, model, run, folder)
+
+
+def train_step(args, method, model, layers, optimizer, experiment, examples):
+    """One step of a method on one batch; {what is logged of it}."""
+    passes, primary, rho = [], primary_parameters(model), radius(args, method)
+
+    def closure():
+        if method == "lora-sam":  # for the log: how far apart the weights of the two passes are
+            passes.append([p.detach().clone() for p in primary])
+        return forward_backward(model, experiment, examples, args)
+
+    begin = time.perf_counter()
+    if method == "lora":
+        loss = lora_step(optimizer, closure)
+    elif method == "lora-sam":
+        loss = lora_sam_step(optimizer, closure, rho, primary)
+    elif method == "bi-lora":
+        loss = bilora_step(optimizer, closure, layers, rho)
+    loss = loss.item()  # waits for the device
+    seconds = time.perf_counter() - begin
+    norm = (get_total_norm([a - b for a, b in zip(*passes)]) if passes else perturbation_norm(layers)).item()
+    return {"loss": loss, "perturbation": norm, "clipped": method == "bi-lora" and norm >= rho * (1 - 1e-5), "seconds": seconds}
+
+
+def save_state(path, model, optimizer, schedule, run):
+    """All that the rest of a run depends on, under a temporary name until it is whole."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    device = [torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "run": run,
+                "random": [torch.get_rng_state(), *device]}, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def load_state(path, model, optimizer, schedule):
+    """Put a saved state back; returns `run` as it was."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, value in state["trained"].items():
+                model.get_parameter(name).copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"][0])
+        if len(state["random"]) > 1:
+            torch.cuda.set_rng_state_all(state["random"][1])
+        return state["run"]
+    except Exception as error:  # a file that is not one, or not of this run
+        raise OSError(f"{path}: not the state of this run ({type(error).__name__}); remove it to start the run anew") from None
 
 
 def run_config(args, method, seed, experiment):
     """What a run depends on: its settings and its files, but not the other runs nor where its own files go."""
-    others = {"method", "seeds", "rho", "out", "reuse"}
-    return {"method": method, "seed": seed, "rho": radius(args, method), "files": experiment.files,
-            **{name: value for name, value in vars(args).items() if name not in others}}
+    others = {"method", "seeds", "rho", "out", "resume", "save_every"}
+    config = {"method": method, "seed": seed, "rho": radius(args, method), "files": experiment.files,
+              **{name: value for name, value in vars(args).items() if name not in others}}
+    return json.loads(json.dumps(config))  # as it is read back
 
 
 def finished_run(config, folder):
-    """The metrics of a run that was completed in this folder with the same settings and files, or None."""
-    try:
-        with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as file:
-            run = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return run if run["config"] == config else None
+    """The metrics of a run that was completed in this folder, or None.  ValueError if it was begun with other settings."""
+    path = os.path.join(folder, "config.json")
+    begun = read_json(path) if os.path.exists(path) else config
+    for key in begun.keys() | config.keys():
+        if begun.get(key) != config.get(key):
+            raise ValueError(f"{path}: {key} is {begun.get(key)!r}, now {config.get(key)!r}; a run goes on with its own settings")
+    path = os.path.join(folder, "metrics.json")
+    return read_json(path) if os.path.exists(path) else None
 
 
-def write_run(result, log, model, experiment, folder, merge):
-    write_text(os.path.join(folder, "config.json"), json.dumps(result["config"], indent=2))
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        try:
+            return dict(json.load(file))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a JSON object: {error}") from None
+
+
+def write_run(args, method, seed, experiment, model, run, folder):
+    """The files of a finished run; returns its metrics, which are written last, for they say that it is finished."""
+    log, epochs = run["log"], run["epochs"]
+    scored = [row for row in epochs if experiment.metrics[0] in row]
+    best, last = max(scored, key=lambda row: row[experiment.metrics[0]]), epochs[-1]
+    metrics = {name: last[name] for name in experiment.metrics}
+    if experiment.every_epoch:
+        metrics |= {f"best_{name}": best[name] for name in experiment.metrics}
+    result = {"method": method, "seed": seed, "config": run_config(args, method, seed, experiment),
+              "parameters": parameter_counts(model), "metrics": metrics, "best_epoch": best["epoch"], "epochs": epochs,
+              "clipped_fraction": statistics.fmean(row["clipped"] for row in log),
+              "step_seconds": statistics.median(row["seconds"] for row in log), "peak_memory_bytes": peak_memory(args.device)}
     write_text(os.path.join(folder, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
     save_adapter(model, folder, model.module_names)
-    if merge:
+    if args.merge:
         save_pretrained(merge_lora_(model), os.path.join(folder, "merged"), experiment.source)
-    draw_curves([result], experiment.metric, os.path.join(folder, "curves.png"))
-    write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))  # last: what --reuse looks at
+    draw_curves([result], experiment.metrics[0], os.path.join(folder, "curves.png"))
+    write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, "state.pt"))
+    return result
 
 
 def write_text(path, text):
@@ -747,19 +791,48 @@ def peak_memory(device):
     return peaks[0] if peaks else None
 
 
-# ---------------------------------------------------------------------------------------------- all runs together
+# ---------------------------------------------------------------------------------------------- the experiment
 
 
 @dataclass
 class Experiment:
+    """What `compare` needs of a task: the other script has one of its own with the same names."""
     task: Task
     build: object        # () -> the pretrained model, an encoder with a fresh head
     data: object         # seed -> (training examples, {name: evaluation examples})
     pad_id: int
-    metric: str          # the first metric: chooses the best epoch
+    metrics: list        # the first one chooses the best epoch
     files: list          # what was read: [path, size, time of change]
     answers: list = None  # text to text: the token ids of each class's answer
     source: str = None   # the checkpoint's folder
+    every_epoch = True   # is when it is scored
+
+    def loss(self, model, examples, device):
+        """Summed over the examples, 0-dim."""
+        if self.answers is not None:
+            prompts, answers = zip(*((ids, self.answers[label]) for ids, _, label in examples))
+            return answer_losses(model, prompts, answers, self.pad_id, device).sum()
+        ids, types, mask, labels = collate(examples, self.pad_id, device)
+        logits = model(ids, mask, types).float()
+        if self.task.labels:
+            return F.cross_entropy(logits, labels, reduction="sum")
+        return F.mse_loss(logits[:, 0], labels, reduction="sum")
+
+    def count(self, examples):
+        """What the summed loss is divided by."""
+        return len(examples) if self.answers is None else sum(len(self.answers[label]) for *_, label in examples)
+
+    def evaluate(self, model, sets, args):
+        return evaluate(model, self, sets, args)
+
+    def majority(self, examples, sets):
+        """{metric: value} of the most frequent training label, for comparison."""
+        constant = statistics.mode(label for *_, label in examples) if self.task.labels else 0.0
+        return scores_of(self.task, {name: [constant] * len(rows) for name, rows in sets.items()}, sets)
+
+
+def metric_names(task, sets):
+    return [metric_name(metric, name, sets) for name in sets for metric in task.metrics]
 
 
 def file_stamps(*paths):
@@ -786,7 +859,7 @@ def load_embedded(args, task):
                           for split, count in (("train", args.limit), ("test", EMBEDDED_TEST)))
         return add_label_noise(examples, args.label_noise, 2, random.Random(f"noise-{seed}")), {"test": test}
 
-    return Experiment(task, build, data, 0, task.metrics[0], file_stamps(path))
+    return Experiment(task, build, data, 0, list(task.metrics), file_stamps(path))
 
 
 def load_glue(args, task):
@@ -818,7 +891,7 @@ def load_glue(args, task):
         return add_label_noise(some, args.label_noise, len(task.labels), random.Random(f"noise-{seed}")), sets
 
     checkpoint = [os.path.join(source, name) for name in sorted(os.listdir(source))]
-    return Experiment(task, build, data, pad_id, metric_name(task.metrics[0], task.dev[0], sets),
+    return Experiment(task, build, data, pad_id, metric_names(task, sets),
                       file_stamps(*paths, *filter(os.path.isfile, checkpoint)), answers, source)
 
 
@@ -840,6 +913,54 @@ def require_known_tokens(path, config, examples, answers, pad_id):
 
 def require_ranks_that_fit(args, build):
     prepare(args, "bi-lora" if "bi-lora" in args.method else "lora", 0, build)
+
+
+# ---------------------------------------------------------------------------------------------- all runs together
+
+
+def compare(parser, args, experiment):
+    """Train and score every method with every seed; write metrics.json and curves.png over all, and print the table."""
+    runs, results = list(itertools.product(args.seeds, args.method)), []
+    folders = {(seed, method): os.path.join(args.out, f"{method}-seed{seed}") for seed, method in runs}
+    configs = {(seed, method): run_config(args, method, seed, experiment) for seed, method in runs}
+    try:
+        if args.resume and not os.path.isdir(args.resume):
+            raise ValueError(f"{args.resume}: no such folder; expected the --out of an earlier command")
+        finished = {key: finished_run(configs[key], folder) if args.resume else None for key, folder in folders.items()}
+        for key, folder in folders.items():
+            os.makedirs(folder, exist_ok=True)
+            if not args.resume:
+                forget(folder)
+            write_text(os.path.join(folder, "config.json"), json.dumps(configs[key], indent=2))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    examples, sets = experiment.data(args.seeds[0])
+    majority = experiment.majority(examples, sets)
+    print(f"{args.task}: {len(examples)} training rows; " + ", ".join(f"{len(r)} rows in {n}" for n, r in sets.items()))
+    for seed, method in runs:
+        try:
+            results.append(finished[seed, method] or train(args, method, seed, experiment, folders[seed, method]))
+        except OSError as error:
+            parser.error(f"{method}, seed {seed}: {error}")
+        except FloatingPointError as error:
+            raise SystemExit(f"{parser.prog}: {method}, seed {seed}: {error}")
+        if seed == args.seeds[0]:
+            print(f"{method}: parameters " + ", ".join(f"{k} {v:,}" for k, v in results[-1]["parameters"].items())
+                  + "; kept at inference: primary, merged or not, and head")
+        summary, differences = summarize(results)
+        report = {"task": args.task, "model": args.model or "embedded", "config": vars(args), "majority": majority,
+                  "results": results, "summary": summary, "difference_to_lora": differences}
+        write_text(os.path.join(args.out, "metrics.json"), json.dumps(report, indent=2))
+    draw_curves(results, experiment.metrics[0], os.path.join(args.out, "curves.png"))
+    print_table(results, summary, differences, majority)
+    return report
+
+
+def forget(folder):
+    """Of an earlier run in this folder, what would be taken for this one's."""
+    for name in ("metrics.json", "state.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
 
 
 def mean_stderr(values):
@@ -865,20 +986,21 @@ def summarize(results):
 def print_table(results, summary, differences, majority):
     """A Markdown table for each metric."""
     def cell(entry):
-        return f"{entry['mean']:.4f} ± {entry['stderr']:.4f}" if entry["n"] > 1 else f"{entry['mean']:.4f}"
+        return "" if entry is None else f"{entry['mean']:.4f} ± {entry['stderr']:.4f}" if entry["n"] > 1 else f"{entry['mean']:.4f}"
 
-    for metric in majority:
+    for metric in [name for name in results[0]["metrics"] if not name.startswith("best_")]:
         print(f"\n| {metric:<8} | last epoch      | minus LoRA's     | best epoch      | s/step | peak MiB |")
         print("|----------|-----------------|------------------|-----------------|--------|----------|")
-        print(f"| majority | {majority[metric]:<15.4f} | {'':<16} | {'':<15} |        |          |")
+        if metric in majority:
+            print(f"| majority | {majority[metric]:<15.4f} | {'':<16} | {'':<15} |        |          |")
         for method, entries in summary.items():
             runs = [run for run in results if run["method"] == method]
             difference = cell(differences[method][metric]) if method in differences else ""
             seconds = statistics.median(run["step_seconds"] for run in runs)
             peak = max((run["peak_memory_bytes"] or 0) / 2**20 for run in runs)
-            print(f"| {method:<8} | {cell(entries[metric]):<15} | {difference:<16} | {cell(entries['best_' + metric]):<15} "
+            print(f"| {method:<8} | {cell(entries[metric]):<15} | {difference:<16} | {cell(entries.get('best_' + metric)):<15} "
                   f"| {seconds:<6.3f} | {peak:<8.0f} |")
-    degenerate = [f"{run['method']} seed {run['seed']}" for run in results if run["one_class"]]
+    degenerate = [f"{run['method']} seed {run['seed']}" for run in results if run["epochs"][-1].get("one_class")]
     print("\nPredicted one class only: " + ", ".join(degenerate) if degenerate else "")
     print(f"Mean ± standard error over {max(e[metric]['n'] for e in summary.values())} seeds; differences are paired by "
           "seed; the best epoch is chosen on the set it is reported on.")
@@ -890,8 +1012,9 @@ def draw_curves(results, metric, path):
     axes = figure.subplots(1, 2)
     for axis, key, label in ((axes[0], "loss", "training loss"), (axes[1], metric, metric)):
         for method in dict.fromkeys(run["method"] for run in results):
-            curves = np.array([[row[key] for row in run["epochs"]] for run in results if run["method"] == method])
-            epochs, mean = np.arange(1, curves.shape[1] + 1), curves.mean(0)
+            rows = [[row for row in run["epochs"] if key in row] for run in results if run["method"] == method]
+            epochs, curves = [row["epoch"] for row in rows[0]], np.array([[row[key] for row in run] for run in rows])
+            mean = curves.mean(0)
             error = curves.std(0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.zeros_like(mean)
             axis.plot(epochs, mean, marker=".", label=method)
             axis.fill_between(epochs, mean - error, mean + error, alpha=0.2)
@@ -953,6 +1076,14 @@ def parse_arguments(argv):
     group.add_argument("--pretraining-steps", type=number(int, 0), default=2000,
                        help="of the embedded task's base; 0: a random base (default: %(default)s)")
     group.add_argument("--max-length", type=number(int, 1), help="tokens a row, for a GLUE task (default: 256)")
+    add_shared_arguments(parser)
+    args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    return parser, args
+
+
+def add_shared_arguments(parser):
+    """The groups "method" and "run", which are those of both scripts."""
     group = parser.add_argument_group("method")
     group.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all three")
     group.add_argument("--rank", type=number(int, 1), default=8, help="r (default: %(default)s)")
@@ -964,21 +1095,21 @@ def parse_arguments(argv):
     group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent (default: --lr)")
     group.add_argument("--epochs", type=number(int, 1), help="passes over the training set (default: by task)")
     group.add_argument("--batch-size", type=number(int, 1), help="rows a step (default: by task)")
-    group.add_argument("--micro-batch", type=number(int, 1), help="rows a forward pass (default: --batch-size)")
+    group.add_argument("--micro-batch", type=number(int, 1), help="rows a forward pass (default: by task)")
     group.add_argument("--dropout", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
     group = parser.add_argument_group("run")
     group.add_argument("--seeds", type=number(int, 0, 2**63), nargs="+", help="default: by task")
     group.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
                        help="default: %(default)s")
     group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16 (default: off)")
-    group.add_argument("--reuse", action=argparse.BooleanOptionalAction, default=False,
-                       help="take runs that --out holds, finished with the same settings, instead of training again")
+    group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                       help="keep each block's input alone and compute the block again for its gradient: less memory, more time")
+    group.add_argument("--save-every", type=number(int, 1), help="steps from one saved state to the next (default: no state)")
+    group.add_argument("--resume", metavar="DIR", help="go on with the same command in its --out: finished runs are taken, an "
+                                                       "interrupted one goes on from its last saved state")
     group.add_argument("--merge", action=argparse.BooleanOptionalAction, default=False,
                        help="also write each run's merged model, in the layout of its checkpoint (default: off)")
     group.add_argument("--out", help="folder for the results (default: runs/TASK)")
-    args = parser.parse_args(argv)
-    check_arguments(parser, args)
-    return parser, args
 
 
 def check_arguments(parser, args):
@@ -990,50 +1121,33 @@ def check_arguments(parser, args):
     defaults = {"lr": task.lr, "rho": list(task.rho), "epochs": task.epochs, "batch_size": task.batch_size,
                 "seeds": list(task.seeds), "limit": EMBEDDED_TRAIN if embedded else None, "max_length": 256,
                 "label_noise": 0.1 if embedded else 0.0, "out": os.path.join("runs", args.task)}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
-    if len(args.rho) > 2:
-        parser.error(f"--rho has {len(args.rho)} values; expected one or two")
+    fill_in(parser, args, defaults)
     if not embedded and not args.model:
         parser.error(f"--task {args.task} needs --model, a folder or the id of a model on the Hugging Face hub")
     if args.label_noise and not task.labels:
         parser.error("--label-noise needs a task with classes")
 
 
+def fill_in(parser, args, defaults):
+    """Defaults for what was not given; each method and seed once."""
+    if args.resume and args.out:
+        parser.error("--out and --resume name the same folder; give one of them")
+    args.out = args.out or args.resume
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
+    if len(args.rho) > 2:
+        parser.error(f"--rho has {len(args.rho)} values; expected one or two")
+
+
 def main(argv=None):
     parser, args = parse_arguments(argv)
-    task = TASKS[args.task]
     try:
-        experiment = (load_embedded if args.task == "embedded" else load_glue)(args, task)
-        for seed, method in itertools.product(args.seeds, args.method):
-            os.makedirs(os.path.join(args.out, f"{method}-seed{seed}"), exist_ok=True)
+        experiment = (load_embedded if args.task == "embedded" else load_glue)(args, TASKS[args.task])
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    examples, sets = experiment.data(args.seeds[0])
-    constant = statistics.mode(label for *_, label in examples) if task.labels else 0.0
-    majority = scores_of(task, {name: [constant] * len(rows) for name, rows in sets.items()}, sets)
-    print(f"{args.task}: {len(examples)} training rows; " + ", ".join(f"{len(r)} rows in {n}" for n, r in sets.items()))
-    results = []
-    for seed, method in itertools.product(args.seeds, args.method):
-        folder = os.path.join(args.out, f"{method}-seed{seed}")
-        try:
-            run = finished_run(run_config(args, method, seed, experiment), folder) if args.reuse else None
-            run = run or train(args, method, seed, experiment, folder)
-        except FloatingPointError as error:
-            raise SystemExit(f"train_glue.py: {method}, seed {seed}: {error}")
-        if seed == args.seeds[0]:
-            print(f"{method}: parameters " + ", ".join(f"{k} {v:,}" for k, v in run["parameters"].items())
-                  + "; kept at inference: primary, merged or not, and head")
-        results.append(run)
-        summary, differences = summarize(results)
-        report = {"task": args.task, "model": args.model or "embedded", "config": vars(args), "majority": majority,
-                  "results": results, "summary": summary, "difference_to_lora": differences}
-        write_text(os.path.join(args.out, "metrics.json"), json.dumps(report, indent=2))
-    draw_curves(results, experiment.metric, os.path.join(args.out, "curves.png"))
-    print_table(results, summary, differences, majority)
-    return report
+    return compare(parser, args, experiment)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ import json
 import math
 import os
 import random
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -458,37 +461,126 @@ def test_without_a_perturbation_all_methods_are_lora(glue_folder):
     assert losses(glue_folder / "half", "lora") == pytest.approx(losses(out, "lora"), rel=0.05)
 
 
-def test_reuse_takes_finished_runs_with_the_same_settings(glue_folder, monkeypatch):
-    run = [*RUN, "--method", "bi-lora", "--out", "out"]
-    first = main([*run, "--seeds", "0"])
+def outcome(folder):
+    """All that a run leaves but its times: the log, the scores, the adapter's bits, the settings."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    adapter = torch.load(folder / "adapter_model.bin", weights_only=True)
+    return ([{k: v for k, v in row.items() if k != "seconds"} for row in log],
+            {k: v for k, v in metrics.items() if k not in ("step_seconds", "peak_memory_bytes")},
+            {name: tensor.numpy().tobytes() for name, tensor in adapter.items()})
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, train_glue
+moment, count = sys.argv[1], int(sys.argv[2])
+
+def counted(name, owner, half=False):
+    whole, calls = getattr(owner, name), []
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            if half:  # in the middle of writing
+                with open(args[1], "wb") as file:
+                    file.write(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args, **kwargs)
+    setattr(owner, name, wrapper)
+
+{{"step": lambda: counted("train_step", train_glue), "save": lambda: counted("save", torch, half=True),
+  "scores": lambda: counted("predict", train_glue), "end": lambda: counted("draw_curves", train_glue)}}[moment]()
+train_glue.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("method, moment, count", [
+    ("lora", "step", 5), ("lora-sam", "save", 2), ("bi-lora", "save", 3), ("bi-lora", "scores", 1), ("lora-sam", "end", 1)])
+def test_killed_and_resumed_equals_uninterrupted(glue_folder, method, moment, count):
+    """A process that is killed for good (SIGKILL) in a step, halfway through a save, while scoring, before the last file."""
+    run = [*RUN, "--method", method, "--seeds", "0", "--dropout", "0.2", "--micro-batch", "3", "--save-every", "2"]
+    code = KILLED.format(root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), tests=os.path.dirname(__file__))
+    killed = subprocess.run([sys.executable, "-c", code, moment, str(count), *run, "--out", "out"], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    out = glue_folder / "out" / f"{method}-seed0"
+    assert (out / "state.pt").exists() and not (out / "metrics.json").exists()
+    steps, whole = [], train_glue.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_glue, "train_step", lambda *args: steps.append(1) or whole(*args))
+        main([*run, "--resume", "out"])
+    main([*run, "--out", "straight"])
+    assert 0 <= len(steps) < 6  # it did go on from there
+    assert outcome(out) == outcome(glue_folder / "straight" / f"{method}-seed0") and not (out / "state.pt").exists()
+
+
+def test_resume_takes_finished_runs(glue_folder, monkeypatch):
+    run = [*RUN, "--method", "bi-lora"]
+    first = main([*run, "--seeds", "0", "--out", "out"])
     log = glue_folder / "out/bi-lora-seed0/log.jsonl"
     log.write_text("kept")
-    both = main([*run, "--seeds", "0", "1", "--reuse"])
-    assert log.read_text() == "kept" and both["results"][0] == first["results"][0]
-    assert both["results"] == main([*run, "--seeds", "0", "1", "--reuse"])["results"]
-    main([*run, "--seeds", "0", "--reuse", "--lr", "0.01"])
-    assert log.read_text() != "kept"  # other settings: trained again
-    log.write_text("kept")
-    main([*run, "--seeds", "0", "--lr", "0.01"])
+    both = main([*run, "--seeds", "0", "1", "--resume", "out"])  # more seeds are no other settings
+    assert log.read_text() == "kept" and both["results"][0] == first["results"][0] and len(both["results"]) == 2
+    assert both["results"] == main([*run, "--seeds", "0", "1", "--resume", "out", "--save-every", "1"])["results"]
+    main([*run, "--seeds", "0", "--out", "out"])
     assert log.read_text() != "kept"  # not asked for: trained again
-    log.write_text("kept")
-    with open("data/dev.tsv", "a") as file:
-        file.write("1\t1\t2\ta\tb\n")
-    main([*run, "--seeds", "0", "--lr", "0.01", "--reuse"])
-    assert log.read_text() != "kept"  # another file: trained again
-    log.write_text("kept")
 
-    def interrupted(model, folder, rename):
+
+def test_a_full_disk_leaves_the_last_state(glue_folder, monkeypatch, capsys):
+    run, save, calls = [*RUN, "--method", "lora", "--seeds", "0", "--save-every", "1"], torch.save, []
+
+    def full(value, path):
+        calls.append(path)
+        if len(calls) == 4:
+            (glue_folder / path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(value, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as caught:
+        main([*run, "--out", "out"])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and "No space left" in error
+    main([*run, "--resume", "out"])
+    assert [path.count("state.pt") for path in calls] == [1] * 4 + [1] * 3 + [0]  # three of six steps were there
+    main([*run, "--out", "straight"])
+    assert outcome(glue_folder / "out/lora-seed0") == outcome(glue_folder / "straight/lora-seed0")
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--lr", "0.01"], "config.json: lr is 0.0005, now 0.01"), (["--rho", "0.3"], "config.json: rho is 0.05, now 0.3"),
+    (["--resume", "nowhere"], "nowhere: no such folder; expected the --out"), (["--out", "out"], "--out and --resume name the same"),
+    ("data/dev.tsv", "config.json: files is"), ("out/bi-lora-seed0/state.pt", "state.pt: not the state of this run"),
+    ("out/bi-lora-seed0/config.json", "config.json: not a JSON object"),
+])
+def test_a_run_goes_on_with_its_own_settings(glue_folder, capsys, monkeypatch, change, message):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_glue, "save_adapter", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main([*run, "--seeds", "0", "--lr", "0.02"])
-    monkeypatch.undo()
-    monkeypatch.chdir(glue_folder)
-    log.write_text("kept")
-    main([*run, "--seeds", "0", "--lr", "0.02", "--reuse"])
-    assert log.read_text() != "kept"  # interrupted while it was written: trained again
+    run = [*RUN, "--method", "bi-lora", "--seeds", "0", "--save-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_glue, "predict", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main([*run, "--out", "out"])
+    if isinstance(change, str):
+        with open(change, "a" if "data" in change else "w") as file:
+            file.write("1\t1\t2\ta\tb\n")
+    before = {path: path.read_bytes() for path in (glue_folder / "out").rglob("*.*")}
+    with pytest.raises(SystemExit) as caught:
+        main([*run, "--resume", "out", *(change if isinstance(change, list) else [])])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and message in error
+    assert before == {path: path.read_bytes() for path in (glue_folder / "out").rglob("*.*")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_changes_memory_alone(glue_folder, method):
+    """The blocks are computed twice, with the same dropout masks: the same losses and adapters to the last bit."""
+    run = [*RUN, "--method", method, "--seeds", "0", "--dropout", "0.2"]
+    main([*run, "--out", "plain"])
+    main([*run, "--out", "twice", "--checkpointing"])
+    a, b = (outcome(glue_folder / out / f"{method}-seed0") for out in ("plain", "twice"))
+    assert a[0] == b[0] and a[2] == b[2]
 
 
 def test_limit_and_noise_are_drawn_by_the_seed(glue_folder):
@@ -516,7 +608,7 @@ def test_two_development_sets(glue_folder):
     assert report["majority"] == {"accuracy_matched": 0.0, "accuracy_mismatched": 1.0}
     assert report["results"][0]["metrics"].keys() == {
         f"{best}accuracy_{name}" for best in ("", "best_") for name in ("matched", "mismatched")}
-    assert report["results"][0]["one_class"]
+    assert report["results"][0]["epochs"][-1]["one_class"]
 
 
 def test_regression(glue_folder):
