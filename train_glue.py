@@ -403,18 +403,27 @@ EMBEDDED_CONFIG = Config(vocab_size=len(vocabulary()), d_model=128, d_ff=512, he
 PRETRAINING = {"batch_size": 128, "lr": 2e-3, "chosen": 0.4, "hidden": 0.4, "replaced": 0.4, "sentences": 60_000}
 
 
-def pretrained_base(folder, steps, device, bf16):
-    """Path of the embedded task's base, a state dict; pretrained now if the folder does not have it."""
+def pretrained_base(args):
+    """Path of the embedded task's base, a state dict; pretrained now, by denoising, if runs/ does not have it."""
     language = [sentence(random.Random(i)) for i in range(50)]  # another grammar, another base
-    settings = [asdict(EMBEDDED_CONFIG), PRETRAINING, steps, bf16, vocabulary(), language]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    path = os.path.join(folder, f"pretrained-{key}.pt")
-    if not os.path.exists(path):
-        state = pretrain(steps, device, bf16)
-        os.makedirs(folder, exist_ok=True)
-        torch.save(state, path + ".tmp")
-        os.replace(path + ".tmp", path)
-    return path
+    settings = [asdict(EMBEDDED_CONFIG), PRETRAINING, args.pretraining_steps, args.bf16, vocabulary(), language]
+
+    def batches():
+        rng = random.Random(0)
+        rows = [((" ".join(sentence(rng)),), 0) for _ in range(PRETRAINING["sentences"])]
+        examples = encode(embedded_tokenizer(), rows, EMBEDDED_CONFIG.max_length)
+        while True:
+            for batch in batch_order(examples, PRETRAINING["batch_size"], rng):
+                yield [examples[i] for i in batch]
+
+    return pretrained(settings, partial(Transformer, EMBEDDED_CONFIG), batches(), denoising_loss, PRETRAINING["lr"], args)
+
+
+def denoising_loss(model, examples, device):
+    ids, _, mask, _ = collate(examples, 0, device)
+    shown, chosen = corrupt(ids)
+    logits = F.linear(model(shown, mask)[chosen], model.encoder.tokens.weight)
+    return F.cross_entropy(logits.float(), ids[chosen])
 
 
 def corrupt(ids):
@@ -427,30 +436,30 @@ def corrupt(ids):
     return torch.where(chosen & (dice > 1 - PRETRAINING["replaced"]), any_word, shown), chosen
 
 
-def pretrain(steps, device, bf16):
-    """Masked-token denoising."""
-    settings, rng = PRETRAINING, random.Random(0)
-    rows = [((" ".join(sentence(rng)),), 0) for _ in range(settings["sentences"])]
-    examples = encode(embedded_tokenizer(), rows, EMBEDDED_CONFIG.max_length)
+def pretrained(settings, build, batches, loss_of, lr, args):
+    """Path of a state dict in runs/, by a hash of `settings`; if it is not there, all of a model is trained now and saved."""
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    path, device, steps = os.path.join("runs", f"pretrained-{key}.pt"), torch.device(args.device), args.pretraining_steps
+    if os.path.exists(path):
+        return path
     torch.manual_seed(0)
-    model = Transformer(EMBEDDED_CONFIG).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=0.01, fused=True)
+    model = build().to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = cosine_schedule(optimizer, steps, warmup=0.05)
-    batches = (batch for epoch in range(10**6) for batch in batch_order(examples, settings["batch_size"], rng))
     bar = tqdm(range(steps), desc="pretraining the base", disable=None)
     for _, batch in zip(bar, batches):
-        ids, _, mask, _ = collate([examples[i] for i in batch], 0, device)
-        shown, chosen = corrupt(ids)
-        with precision(device, bf16):
-            logits = F.linear(model(shown, mask)[chosen], model.encoder.tokens.weight)
-            loss = F.cross_entropy(logits.float(), ids[chosen])
+        with precision(device, args.bf16):
+            loss = loss_of(model, batch, device)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model.state_dict()
+    os.makedirs("runs", exist_ok=True)
+    torch.save(model.state_dict(), path + ".tmp")
+    os.replace(path + ".tmp", path)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -586,12 +595,12 @@ def scores_of(task, predictions, sets):
 
 
 def evaluate(model, experiment, sets, args):
-    """({metric: value}, for the run's record: predictions per class and whether they are all of one)."""
+    """({metric: value}, for the epoch's record: predictions per class and whether all are of one, {file: text} to keep)."""
     predictions = {name: predict(model, experiment, examples, args) for name, examples in sets.items()}
     classes = range(len(experiment.task.labels))
     counts = {name: [p.count(c) for c in classes] for name, p in predictions.items() if classes}
     one_class = any(max(row) == sum(row) for row in counts.values())
-    return scores_of(experiment.task, predictions, sets), {"predicted": counts, "one_class": one_class}
+    return scores_of(experiment.task, predictions, sets), {"predicted": counts, "one_class": one_class}, {}
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -660,12 +669,12 @@ def train(args, method, seed, experiment, folder):
             if args.save_every and len(run["log"]) % args.save_every == 0:
                 save_state(state, model, optimizer, schedule, run)
         last = epoch == args.epochs
-        metrics, record = experiment.evaluate(model, sets, args) if last or experiment.every_epoch else ({}, {})
+        metrics, record, files = experiment.evaluate(model, sets, args) if last or experiment.every_epoch else ({}, {}, {})
         loss = statistics.fmean(row["loss"] for row in run["log"] if row["epoch"] == epoch)
         run["epochs"].append({"epoch": epoch, "loss": loss, **metrics, **record})
         run |= {"order": rng.getstate(), "done": 0}
     bar.close()
-    return write_run(args, method, seed, experiment, model, run, folder)
+    return write_run(args, method, seed, experiment, model, run, files, folder)
 
 
 def train_step(args, method, model, layers, optimizer, experiment, examples):
@@ -743,7 +752,7 @@ def read_json(path):
             raise ValueError(f"{path}: not a JSON object: {error}") from None
 
 
-def write_run(args, method, seed, experiment, model, run, folder):
+def write_run(args, method, seed, experiment, model, run, files, folder):
     """The files of a finished run; returns its metrics, which are written last, for they say that it is finished."""
     log, epochs = run["log"], run["epochs"]
     scored = [row for row in epochs if experiment.metrics[0] in row]
@@ -755,7 +764,8 @@ def write_run(args, method, seed, experiment, model, run, folder):
               "parameters": parameter_counts(model), "metrics": metrics, "best_epoch": best["epoch"], "epochs": epochs,
               "clipped_fraction": statistics.fmean(row["clipped"] for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log), "peak_memory_bytes": peak_memory(args.device)}
-    write_text(os.path.join(folder, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
+    for name, text in {**files, "log.jsonl": "".join(json.dumps(row) + "\n" for row in log)}.items():
+        write_text(os.path.join(folder, name), text)
     save_adapter(model, folder, model.module_names)
     if args.merge:
         save_pretrained(merge_lora_(model), os.path.join(folder, "merged"), experiment.source)
@@ -846,7 +856,7 @@ def load_embedded(args, task):
         return Transformer(replace(EMBEDDED_CONFIG, num_labels=2))
 
     require_ranks_that_fit(args, untrained)  # before minutes of pretraining
-    path = pretrained_base("runs", args.pretraining_steps, torch.device(args.device), args.bf16)
+    path = pretrained_base(args)
     state = torch.load(path, map_location=args.device, weights_only=True)
 
     def build():
@@ -1002,8 +1012,8 @@ def print_table(results, summary, differences, majority):
                   f"| {seconds:<6.3f} | {peak:<8.0f} |")
     degenerate = [f"{run['method']} seed {run['seed']}" for run in results if run["epochs"][-1].get("one_class")]
     print("\nPredicted one class only: " + ", ".join(degenerate) if degenerate else "")
-    print(f"Mean ± standard error over {max(e[metric]['n'] for e in summary.values())} seeds; differences are paired by "
-          "seed; the best epoch is chosen on the set it is reported on.")
+    best = "; the best epoch is chosen on the set it is reported on" if "best_" + metric in results[0]["metrics"] else ""
+    print(f"Mean ± standard error over {max(e[metric]['n'] for e in summary.values())} seeds; differences are paired by seed{best}.")
 
 
 def draw_curves(results, metric, path):
