@@ -128,7 +128,7 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     else:
         names = [name for name in linears if re.search(targets, name)]
     if not names:
-        raise ValueError(f"targets={targets!r} matches no nn.Linear of {', '.join(linears)}")
+        raise ValueError(f"targets={targets!r} matches no nn.Linear of {', '.join(linears) or 'none'}")
     _require_adaptable(model, {name: linears[name] for name in names})
     for name in names:
         _require_ranks(linears[name], rank, aux_rank, f"{name}: ")
@@ -146,7 +146,7 @@ def _require_ranks(linear, rank, aux_rank, where=""):
     for name, value, least in (("rank", rank, 1), ("aux_rank", aux_rank, 0)):
         if not isinstance(value, int) or not least <= value <= min(shape):
             raise ValueError(f"{where}{name} is {value}; a {shape} weight takes {least} to "
-                             f"{min(shape)}")
+                             f"{min(shape)}" + ("; `targets` can leave it out" if where else ""))
 
 
 def _require_adaptable(model, linears):
@@ -158,9 +158,11 @@ def _require_adaptable(model, linears):
     read = {child: type(reader).__name__ for reader in readers for child in reader.modules()}
     for name, linear in linears.items():
         if id(linear.weight) in embeddings:
-            raise ValueError(f"{name} cannot be adapted: an embedding shares its weight")
+            raise ValueError(f"{name} cannot be adapted: an embedding shares its weight; "
+                             "`targets` can leave it out")
         if linear in read:
-            raise ValueError(f"{name} cannot be adapted: {read[linear]} reads its weight itself")
+            raise ValueError(f"{name} cannot be adapted: {read[linear]} reads its weight itself; "
+                             "`targets` can leave it out")
 
 
 def _replace(model, name, module):
@@ -237,10 +239,10 @@ def bilora_step(optimizer, closure, layers, rho):
     the same pass; then the perturbation is clipped.  One pass.
 
     layers: the adapted layers, whose auxiliary pairs the optimizer holds in a group with
-    maximize=True (bilora_optimizer makes one), in training mode: in eval mode such a pair is not
-    seen and gets no gradient.  rho: largest c = sqrt(sum_i ||s B2_i A2_i||^2).
-    Returns the loss, 0-dim.  Raises ValueError for rho < 0 and where not all auxiliary pairs ascend
-    or a primary one does, FloatingPointError for a NaN or infinite loss or gradient, and has moved
+    maximize=True (bilora_optimizer makes one), in training mode, for in eval mode such a pair is
+    not seen.  rho: largest c = sqrt(sum_i ||s B2_i A2_i||^2).
+    Returns the loss, 0-dim.  Raises ValueError for rho < 0, for a layer in eval mode and where not
+    all auxiliary pairs ascend or a primary one does, FloatingPointError for a NaN or infinite loss or gradient, and has moved
     nothing then.
     """
     _require_radius(rho)
@@ -367,6 +369,8 @@ def _require_radius(rho):
 def _require_ascent(optimizer, layers):
     groups = [group["params"] for group in optimizer.param_groups if group.get("maximize")]
     up = {id(p) for params in groups for p in params}
+    if not all(layer.training for layer in layers):
+        raise ValueError("bilora_step expects the layers in training mode: call model.train()")
     ascending = [id(p) in up for layer in layers for p in (layer.aux_B, layer.aux_A)]
     if not ascending or not all(ascending):
         raise ValueError("bilora_step expects the auxiliary parameters in a group with "
@@ -444,16 +448,19 @@ def load_adapter(model, folder, rename=None, read=None):
     with open(settings, encoding="utf-8") as file:
         try:
             saved = dict(json.load(file))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{settings}: not a JSON object: {error}") from None
     _require_same_adapter(settings, saved, config)
+    if read is None and not os.path.exists(path) and os.path.exists(safetensors):
+        raise ValueError(f"{safetensors}: expected `read`, a function that reads this format")
     if read is not None and not os.path.exists(path):
         path, tensors = safetensors, read(safetensors)
     else:
         tensors = _unpickled(path)
     for key in [*slots, *tensors]:
         if key not in tensors or key not in slots:
-            raise ValueError(f"{path}: {key} is {'unexpected' if key in tensors else 'missing'}")
+            raise ValueError(f"{path}: {key} is " + ("unexpected: nothing trainable here has this "
+                             "name" if key in tensors else "missing"))
         found, shape = tensors[key], tuple(slots[key].shape)
         if not isinstance(found, torch.Tensor) or found.shape != shape:
             raise ValueError(f"{path}: {key} is not a tensor of shape {shape}")
@@ -486,8 +493,10 @@ def _require_same_adapter(path, saved, config):
     ours = ("target_modules", "base_fingerprint") if "base_fingerprint" in saved else ()
     for key in ("peft_type", "r", "lora_alpha", "bias", *ours):
         if saved.get(key) != config[key]:
+            hint = {"target_modules": "; `rename` maps the model's module names to the file's",
+                    "base_fingerprint": "; the adapter was trained on another base"}.get(key, "")
             raise ValueError(f"{path}: {key} is {str(saved.get(key))[:70]}, the model's is "
-                             f"{str(config[key])[:70]}")
+                             f"{str(config[key])[:70]}{hint}")
     initial = saved.get("init_lora_weights")  # some move a part of W0 into the adapter
     if initial not in (None, True, False, "gaussian"):
         raise ValueError(f"{path}: init_lora_weights is {initial!r}; expected true or gaussian")

@@ -55,7 +55,7 @@ class Config:
     bias: bool = True               # of the other linear layers
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     tied: bool = True               # the output head is the embedding
-    logit_scale: float = 1.0        # of the state that a tied head sees (T5 v1.0: d_model ** -0.5)
+    logit_scale: float = 1.0        # of the state that the output head sees (T5 v1.0: d_model ** -0.5)
     pooling: str = "first"          # what the classifier sees: the "first" token's state, or the "mean" over the tokens
     pooler: bool = False            # tanh(dense(h)) between that and the classifier (BERT)
     dense_head: bool = False        # the classifier is dense, tanh, out_proj (RoBERTa)
@@ -120,9 +120,11 @@ class Attention(nn.Module):
             if cache is not None:
                 cache[:] = k, v
         p = self.dropout.p if self.training else 0.0
+        if L == 1:  # one token's grouped heads are so many queries of one head
+            q = q.reshape(B, self.kv_heads, self.groups, self.head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=self.scale,
-                                           enable_gqa=self.groups > 1)
-        return self.o(y.transpose(1, 2).reshape(B, L, -1))                                # (B, L, D)
+                                           enable_gqa=q.shape[1] > self.kv_heads)
+        return self.o(y.reshape(B, -1, L, self.head_dim).transpose(1, 2).reshape(B, L, -1))  # (B, L, D)
 
     def split(self, h):
         return h.view(*h.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -313,6 +315,8 @@ class Transformer(nn.Module):
         h = self.encoder(input_ids, mask, token_type_ids)
         if self.decoder is None:
             return h
+        if decoder_input_ids is None:
+            raise ValueError("decoder_input_ids is None; expected what the decoder reads, beginning with the start id")
         return self.decoder(decoder_input_ids, memory=h, memory_mask=as_key_mask(mask))
 
     def pool(self, h, mask):
@@ -325,16 +329,19 @@ class Transformer(nn.Module):
 
     def logits(self, h):
         """Scores of the next token, (..., V), from a decoder's final states (..., D)."""
-        if self.lm_head is not None:
-            return self.lm_head(h)
-        return F.linear(h * self.config.logit_scale, self.decoder.tokens.weight)
+        h = h * self.config.logit_scale if self.config.logit_scale != 1 else h
+        return F.linear(h, self.decoder.tokens.weight) if self.lm_head is None else self.lm_head(h)
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, max_new_tokens=128, eos_id=None, temperature=0.0):
         """New token ids, (B, at most max_new_tokens): the likeliest at temperature 0, else drawn from softmax(logits /
         temperature).  Prompts may differ in length, padded on either side.  A row ends at eos_id (one id or several, by
         default the checkpoint's), leaves the batch and is filled up with the pad id; all rows ended ends the call.
+        Raises ValueError for an encoder alone, in training mode, for an empty prompt, and where the model has no position left.
         """
+        if self.decoder is None or self.training or input_ids.numel() == 0:
+            raise ValueError(f"generate needs a decoder, in eval mode, and a prompt; got {type(self.decoder).__name__}, "
+                             f"training {self.training}, input_ids of shape {tuple(input_ids.shape)}")
         eos = torch.tensor(as_list(self.config.eos_id if eos_id is None else eos_id), device=input_ids.device)
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         cache, memory, memory_mask = [([], []) for _ in self.decoder.blocks], None, None
@@ -367,7 +374,8 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id, num_labels=None, dtype=None, revision=None):
-        """The model of a folder with config.json and model.safetensors, or of a hub id, in eval mode.
+        """The model of a folder with config.json and weights (model.safetensors or pytorch_model.bin), or of a hub id, in
+        eval mode.
 
         num_labels: outputs of an encoder's classifier, drawn anew where the checkpoint has none of that size; without
         it there is no classifier.  dtype: of the parameters, float32 by default.  revision: of the hub's repository.
@@ -376,16 +384,20 @@ class Transformer(nn.Module):
         """
         folder = local_folder(folder_or_hub_id, revision)
         config, family = read_config(folder)
+        path, found = read_tensors(folder)
+        if max(config.encoder_layers, config.decoder_layers) > len(found):
+            raise ValueError(f"{path}: {len(found)} tensors, for the {config.encoder_layers} + {config.decoder_layers} layers "
+                             "of config.json")
+        names = module_names(config, family)
+        tensors = rename_tensors(found, family, names, path)
+        config.tied = config.tied and not has_own_head(tensors, config)
         if num_labels is not None and config.decoder_layers:
             raise ValueError(f"{folder}: num_labels is {num_labels}, but a model with a decoder has no classifier")
         config.num_labels, config.pooler = num_labels, config.pooler and num_labels is not None
         with torch.device("meta"):  # shapes only: the values come from the file
             model = cls(config)
-        names = module_names(config, family)
         model.module_names = {ours: theirs for theirs, ours in names.items()}
         expected = dict(model.named_parameters())  # a shared parameter once
-        path, found = read_tensors(folder)
-        tensors = rename_tensors(found, family, names, path)
         fresh = {key for key in expected if key.startswith("classifier.")}
         if any(key not in tensors or tensors[key].shape != expected[key].shape for key in fresh):
             tensors |= {key: fresh_parameter(expected[key]) for key in sorted(fresh)}
@@ -405,12 +417,19 @@ class Transformer(nn.Module):
         return model.requires_grad_(True).eval()
 
 
+def has_own_head(tensors, config):
+    """Is there an output head that is not the embedding?  transformers 5 writes into every T5's config.json that it is."""
+    head = tensors.get("lm_head.weight")
+    return head is not None and not torch.equal(head, tensors.get(f"{'en' if config.encoder_layers else 'de'}coder.tokens.weight", head))
+
+
 def as_key_mask(mask):
     return None if mask is None else mask[:, None, None, :]                               # (B, 1, 1, K)
 
 
 def as_list(ids):
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    """Of one id, several or None."""
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
 def make_classifier(config):
@@ -483,11 +502,11 @@ LLAMA_MODULES = [
 
 
 def bert_config(raw):
-    raw.only(position_embedding_type=("absolute",), is_decoder=(False,), add_cross_attention=(False,))
+    raw.only(position_embedding_type=("absolute",), is_decoder=(False,), add_cross_attention=(False,), **UNSUPPORTED)
     return Config(
         vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
         heads=raw["num_attention_heads"], encoder_layers=raw["num_hidden_layers"],
-        max_length=raw["max_position_embeddings"], token_types=raw["type_vocab_size"], norm_first=False,
+        max_length=raw["max_position_embeddings"], token_types=raw.get("type_vocab_size", 2), norm_first=False,
         embedding_norm=True, pooler=True, activation=raw.get("hidden_act", "gelu"), eps=raw.get("layer_norm_eps", 1e-12),
         dropout=raw.get("hidden_dropout_prob", 0.1),
         attention_dropout=raw.get("attention_probs_dropout_prob", 0.1), pad_id=raw.get("pad_token_id", 0))
@@ -502,8 +521,9 @@ def roberta_config(raw):
 
 
 def t5_config(raw):
-    raw.only(feed_forward_proj=("relu", "gated-gelu"))
+    raw.only(feed_forward_proj=("relu", "gated-gelu"), is_encoder_decoder=(True,), scale_decoder_outputs=(True, False), **UNSUPPORTED)
     gated, tied = raw.get("feed_forward_proj", "relu") == "gated-gelu", raw.get("tie_word_embeddings", True)
+    raw.only(dense_act_fn=("gelu_new" if gated else "relu",), is_gated_act=(gated,))
     return Config(
         vocab_size=raw["vocab_size"], d_model=raw["d_model"], d_ff=raw["d_ff"], heads=raw["num_heads"],
         head_dim=raw["d_kv"], encoder_layers=raw["num_layers"],
@@ -518,13 +538,16 @@ def t5_config(raw):
 
 def llama_config(raw, qkv_bias=False):
     raw.only(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), use_sliding_window=(False,),
-             partial_rotary_factor=(1, 1.0))
+             partial_rotary_factor=(1, 1.0), **UNSUPPORTED)
+    if set(raw.get("layer_types", [])) - {"full_attention"}:
+        raw.refuse("layer_types", raw["layer_types"], ("full_attention",))
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind not in ("default", "llama3"):
         raw.refuse("rope_type", kind, ("default", "llama3"))
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
-    pad = raw.get("pad_token_id")
+    if kind == "llama3" and LLAMA3_SCALING - rope.keys():
+        raise ValueError(f"{raw.path}: the rope scaling has no {min(LLAMA3_SCALING - rope.keys())}")
+    theta, pad, vocab_size = rope.pop("rope_theta", raw.get("rope_theta", 1e4)), raw.get("pad_token_id", 0), raw["vocab_size"]
     return Config(
         vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
         heads=raw["num_attention_heads"], kv_heads=raw.get("num_key_value_heads"), head_dim=raw.get("head_dim"),
@@ -532,10 +555,11 @@ def llama_config(raw, qkv_bias=False):
         rope_theta=theta, rope_scaling={k: rope[k] for k in LLAMA3_SCALING} if kind == "llama3" else {}, norm="rms",
         gated=True, activation="silu", qkv_bias=qkv_bias, bias=False, tied=raw.get("tie_word_embeddings", False),
         eps=raw.get("rms_norm_eps", 1e-6),
-        attention_dropout=raw.get("attention_dropout", 0.0), pad_id=0 if pad is None else pad, eos_id=raw.get("eos_token_id"))
+        attention_dropout=raw.get("attention_dropout", 0.0), pad_id=pad if 0 <= pad < vocab_size else 0, eos_id=raw.get("eos_token_id"))
 
 
-LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+UNSUPPORTED = {"num_experts": (None,), "num_local_experts": (None,), "quantization_config": (None,)}
 FAMILIES = {  # model_type: (config, module names, prefix that a file may lack)
     "bert": (bert_config, BERT_MODULES, "bert."),
     "roberta": (roberta_config, ROBERTA_MODULES, "roberta."),
@@ -561,6 +585,11 @@ class RawConfig(dict):
     def __missing__(self, key):
         raise ValueError(f"{self.path}: {key} is missing")
 
+    def get(self, key, default=None):
+        """Null is as good as absent."""
+        value = super().get(key)
+        return default if value is None else value
+
     def only(self, **expected):
         for key, values in expected.items():
             if key in self and self[key] not in (*values, None):
@@ -570,25 +599,30 @@ class RawConfig(dict):
         raise ValueError(f"{self.path}: {key} is {value!r}; expected {' or '.join(map(repr, expected))}")
 
 
-def local_folder(folder_or_hub_id, revision=None):
+SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+
+def local_folder(folder_or_hub_id, revision=None, weights=True):
     """The folder itself, or the one in the hub's cache with a model's files, downloaded where it lacks them.
 
     The hub's own settings hold: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.  ValueError where there is neither.
     """
     name = os.fspath(folder_or_hub_id)
     if os.path.isdir(name):
+        if revision is not None:
+            raise ValueError(f"{name} is a folder; revision {revision} is for the id of a model on the hub")
         return name
+    if name.startswith(("/", ".", "~")):
+        raise ValueError(f"{name}: no such folder; expected one with a model's files, or the id of a model on the hub")
+    fetch = partial(snapshot_download, name, revision=revision)
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=[*SMALL_FILES, *weight_files("model", "safetensors")])
-        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-            snapshot_download(name, revision=revision, allow_patterns=weight_files("pytorch_model", "bin"))
+        folder = fetch(allow_patterns=[*SMALL_FILES, *(weight_files("model", "safetensors") if weights else [])])
+        if weights and not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            fetch(allow_patterns=weight_files("pytorch_model", "bin"))
     except Exception as error:  # of several libraries: no network, no such model, no permission, no such revision
         raise ValueError(f"{name}: no such folder, nor could it be had from the hub ({' '.join(str(error).split())}); "
                          "give a folder that has the model's files, or the id of a model on the hub and a connection") from None
     return folder
-
-
-SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 def weight_files(stem, suffix):
@@ -599,12 +633,12 @@ def read_config(folder):
     """(Config, model_type) of a folder's config.json."""
     raw = RawConfig(os.path.join(folder, "config.json"))
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raw.refuse("model_type", family, FAMILIES)
     try:
         config = FAMILIES[family][0](raw)
         check_config(config)
-    except (TypeError, AttributeError, KeyError) as error:
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise ValueError(f"{raw.path}: a value of the wrong kind: {error}") from None
     except ValueError as error:
         raise ValueError(f"{raw.path}: {str(error).removeprefix(raw.path + ': ')}") from None
@@ -619,15 +653,23 @@ def check_config(config):
         if value is None:
             right = kind in (int | None, float | None, int | list | None)
         elif kind in (int, int | None):
-            right = type(value) is int and value >= (item.name not in may_be_zero)
+            right = type(value) is int and (item.name not in may_be_zero) <= value < 2**31
         elif kind in (float, float | None):
-            right = type(value) in (int, float) and 0 <= value < (1 if "dropout" in item.name else math.inf)
+            least, most = (1e-9 if item.name == "rope_theta" else 0), (1 if "dropout" in item.name else 1e38)
+            right = type(value) in (int, float) and least <= value < most
+        elif item.name == "eos_id":
+            right = all(type(token) is int for token in as_list(value))
         else:
             right = kind is not bool or type(value) is bool
         if not right:
             raise ValueError(f"{item.name} is {value!r}")
     if any(type(value) not in (int, float) or not 0 < value < math.inf for value in config.rope_scaling.values()):
         raise ValueError(f"rope_scaling is {config.rope_scaling}")
+    for name in ("pad_id", "start_id", "eos_id"):
+        if not all(0 <= token < config.vocab_size for token in as_list(getattr(config, name))):
+            raise ValueError(f"{name} is {getattr(config, name)}; there are {config.vocab_size} tokens")
+    if config.relative_distance <= config.relative_buckets // 2 or config.relative_buckets < 4:
+        raise ValueError(f"relative_buckets is {config.relative_buckets}, relative_distance {config.relative_distance}")
     D, H, K, E = config.d_model, config.heads, config.kv_heads or config.heads, config.head_dim
     if (E is None and D % H) or H % K:
         raise ValueError(f"d_model is {D}, heads {H} and kv_heads {K}: expected multiples")
@@ -650,6 +692,8 @@ def rename_tensors(tensors, family, names, path):
         module, _, last = key.rpartition(".")
         last = {"gamma": "weight", "beta": "bias"}.get(last, last)
         ours = names.get(module) or names.get(prefix + module)
+        if f"{ours}.{last}" in renamed:
+            raise ValueError(f"{path}: {key} is there under two names")
         if ours is not None:
             renamed[f"{ours}.{last}"] = tensor
         elif not DROPPED.search(key):
@@ -669,7 +713,7 @@ def read_tensors(folder):
             if not isinstance(files, dict):
                 raise ValueError(f"{index}: weight_map is no object")
             for file in files.values():
-                if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+                if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*", file, re.ASCII):
                     raise ValueError(f"{index}: {file!r} is no plain file name")
             tensors = {}
             for file in sorted(set(files.values())):
@@ -688,9 +732,13 @@ def read_bin(path):
     """{name: tensor} of a file that torch.save wrote."""
     with open(path, "rb") as file:
         try:
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
+            tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:  # whatever a broken file makes the unpickler stumble over
             raise ValueError(f"{path}: not a file of tensors ({type(error).__name__})") from None
+    for key, value in tensors.items():
+        if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta):
+            raise ValueError(f"{path}: {key} is not a dense tensor")
+    return tensors
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -739,6 +787,7 @@ def read_header(path, file):
         require(path, isinstance(dtype, str) and dtype in DTYPES, f"{name} has no dtype that is known")
         require(path, all(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
                           for numbers in (shape, span)) and len(span) == 2, f"{name} has no valid shape and data_offsets")
+        require(path, len(shape) <= 64 and all(n < 2**62 for n in (*shape, *span)), f"{name} has an impossible shape")
         require(path, math.prod(n or 1 for n in shape) < 2**62, f"{name} has an impossible shape")
         require(path, math.prod(shape) * DTYPES[dtype].itemsize == span[1] - span[0],
                 f"{name}: {shape} of {dtype} does not fill bytes {span[0]} to {span[1]}")
@@ -758,7 +807,7 @@ def save_pretrained(model, folder, source):
     config.json last.  ValueError for a parameter that has no name in such a checkpoint.
     """
     raw, tensors = RawConfig(os.path.join(source, "config.json")), {}
-    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(raw.get("dtype", raw.get("torch_dtype")), torch.float32)
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(raw.get("dtype", raw.get("torch_dtype"))), torch.float32)
     for name, p in model.named_parameters():
         module, _, last = name.rpartition(".")
         if module not in model.module_names or last not in ("weight", "bias"):
@@ -769,7 +818,7 @@ def save_pretrained(model, folder, source):
         raw["id2label"], raw["label2id"] = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
         raw["architectures"] = [raw["model_type"].title() + "ForSequenceClassification"]
     os.makedirs(folder, exist_ok=True)
-    for name in (*SMALL_FILES, "special_tokens_map.json"):
+    for name in SMALL_FILES:
         if name != "config.json" and os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name + ".tmp"))
             os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
@@ -809,7 +858,7 @@ def load_tokenizer(folder_or_hub_id, revision=None):
 
     The pad id is the id of [PAD] or <pad>, 0 where there is neither.  ValueError names a file that is missing or not one.
     """
-    folder = local_folder(folder_or_hub_id, revision)
+    folder = local_folder(folder_or_hub_id, revision, weights=False)
     path, vocab = os.path.join(folder, "tokenizer.json"), os.path.join(folder, "vocab.txt")
     if not os.path.isfile(path) and os.path.isfile(vocab):
         path = vocab

@@ -28,6 +28,7 @@ import zipfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from http.client import HTTPException
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -155,6 +156,9 @@ def encode(tokenizer, rows, max_length):
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     encodings = tokenizer.encode_batch([text if len(text) > 1 else text[0] for text, _ in rows])
+    empty = [text for encoding, (text, _) in zip(encodings, rows) if not encoding.ids]
+    if empty:
+        raise ValueError(f"the tokenizer gives no token for {empty[0]}")
     return [(encoding.ids, encoding.type_ids, label) for encoding, (_, label) in zip(encodings, rows)]
 
 
@@ -205,17 +209,23 @@ def cache_folder():
 
 
 def download(address, size, sha256, path):
-    """Put the file at an address there, with a progress bar; ValueError, and no file, unless it is the expected one."""
-    part = path + ".part"
+    """Put the file at an address there, with a progress bar; ValueError, and nothing there, unless it is the expected one."""
+    digest, part = hashlib.sha256(), path + ".part"
     try:
-        torch.hub.download_url_to_file(address, part)
+        with (urlopen(address, timeout=30) as source, open(part, "wb") as file,
+              tqdm(total=size, unit="B", unit_scale=True, desc=os.path.basename(address)) as bar):
+            while block := source.read(2**16):
+                file.write(block)
+                digest.update(block)
+                bar.update(len(block))
+                if file.tell() > size:
+                    break
     except (OSError, HTTPException) as error:
         raise ValueError(f"{address}: {error}; connect to the network, or give files that are there with --data") from None
-    with open(part, "rb") as file:
-        found = os.path.getsize(part), hashlib.file_digest(file, "sha256").hexdigest()
-    if found != (size, sha256):
+    found = os.path.getsize(part)
+    if found != size or digest.hexdigest() != sha256:
         os.remove(part)
-        raise ValueError(f"{address}: got {found[0]} bytes with sha256 {found[1]}; expected {size} with {sha256}")
+        raise ValueError(f"{address}: got {found} bytes with sha256 {digest.hexdigest()}; expected {size} with {sha256}")
     os.replace(part, path)
 
 
@@ -237,7 +247,8 @@ def downloaded_glue(name, files):
             split_mrpc(*paths, whole)
         else:
             unpack(*paths, files, whole)
-        os.rename(whole, folder)
+        with contextlib.suppress(OSError) if os.path.isdir(folder) else contextlib.nullcontext():  # another process was first
+            os.rename(whole, folder)
     return folder
 
 
@@ -876,6 +887,8 @@ def load_glue(args, task):
     source = local_folder(args.model, args.revision)
     config, _ = read_config(source)
     text_to_text = config.decoder_layers > 0
+    if text_to_text and args.task not in PROMPTS:
+        raise ValueError(f"{args.task} is a regression; expected an encoder as --model, or a task with classes")
     build = partial(Transformer.from_pretrained, source, num_labels=None if text_to_text else len(task.labels) or 1)
     require_ranks_that_fit(args, build)
     tokenizer, files = load_tokenizer(source), [name + ".tsv" for name in ("train", *task.dev)]
@@ -883,8 +896,6 @@ def load_glue(args, task):
     paths = [os.path.join(args.data or downloaded_glue(args.task, files), file) for file in files]
     rows, answers = [read_tsv(task, path) for path in paths], None
     if text_to_text:
-        if args.task not in PROMPTS:
-            raise ValueError(f"{args.task} is a regression; expected an encoder as --model, or a task with classes")
         prompt, words = (T5_PROMPTS if config.encoder_layers and not config.gated else PROMPTS)[args.task]
         answers = encode_answers(tokenizer, words, config.eos_id)
         examples, *dev = (encode_prompts(tokenizer, part, prompt, args.max_length) for part in rows)
@@ -939,6 +950,8 @@ def compare(parser, args, experiment):
         finished = {key: finished_run(configs[key], folder) if args.resume else None for key, folder in folders.items()}
         for key, folder in folders.items():
             os.makedirs(folder, exist_ok=True)
+            if os.path.exists(os.path.join(folder, "adapter_model.safetensors")):
+                raise ValueError(f"{folder}: holds adapter_model.safetensors, of another program; expected an --out of its own")
             if not args.resume:
                 forget(folder)
             write_text(os.path.join(folder, "config.json"), json.dumps(configs[key], indent=2))
@@ -957,6 +970,7 @@ def compare(parser, args, experiment):
         if seed == args.seeds[0]:
             print(f"{method}: parameters " + ", ".join(f"{k} {v:,}" for k, v in results[-1]["parameters"].items())
                   + "; kept at inference: primary, merged or not, and head")
+        print(f"{method}, seed {seed}: " + ", ".join(f"{k} {v:.4f}" for k, v in results[-1]["metrics"].items()), flush=True)
         summary, differences = summarize(results)
         report = {"task": args.task, "model": args.model or "embedded", "config": vars(args), "majority": majority,
                   "results": results, "summary": summary, "difference_to_lora": differences}
@@ -971,6 +985,7 @@ def forget(folder):
     for name in ("metrics.json", "state.pt"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
+    shutil.rmtree(os.path.join(folder, "merged"), ignore_errors=True)
 
 
 def mean_stderr(values):
@@ -1073,7 +1088,7 @@ def parse_arguments(argv):
     parser = Parser(prog="train_glue.py", description=__doc__, epilog=epilog,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("task")
-    group.add_argument("--task", choices=TASKS, default="embedded", help="default: %(default)s")
+    group.add_argument("--task", type=str.lower, choices=TASKS, default="embedded", help="default: %(default)s")
     group.add_argument("--data", help="folder with the GLUE task's train.tsv and dev.tsv (default: downloaded once into "
                                       "$BILORA_CACHE or ~/.cache/bilora)")
     group.add_argument("--model", help="for a GLUE task: folder with config.json, model.safetensors and tokenizer.json, or "

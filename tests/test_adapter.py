@@ -247,7 +247,7 @@ def test_a_reader_of_another_format(tmp_path):
     load_adapter(other, tmp_path, read=read)
     assert not calls
     os.rename(tmp_path / "adapter_model.bin", tmp_path / "adapter_model.safetensors")
-    with pytest.raises(FileNotFoundError, match="adapter_model.bin"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors: expected `read`"):
         load_adapter(prepared(seed=5), tmp_path)
     other = prepared(seed=5)
     load_adapter(other, tmp_path, read=read)
