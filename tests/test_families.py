@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from bilora import add_lora, load_adapter, merge_lora_, save_adapter
 from model import (Transformer, llama3_scaling, load_tokenizer, read_config, read_safetensors, read_tensors, relative_bucket,
-                   save_pretrained)
+                   save_pretrained, write_safetensors)
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 FAMILIES = sorted(name for name in os.listdir(GOLDEN) if os.path.isdir(os.path.join(GOLDEN, name)))
@@ -86,7 +86,24 @@ def test_adapters_of_peft_there_and_back(name, tmp_path):
     merged = Transformer.from_pretrained(tmp_path / "merged", num_labels=model.config.num_labels)
     torch.testing.assert_close(merged(**batch)[keep], expected["adapted_logits"], rtol=0, atol=1e-4)
     config = json.load(open(tmp_path / "merged" / "config.json"))
-    assert config["id2label"].keys() == {"0", "1", "2"} if model.classifier is not None else "id2label" not in config
+    if model.classifier is None:
+        assert "id2label" not in config
+    else:
+        assert config["id2label"] == {str(i): f"LABEL_{i}" for i in range(3)} and config["label2id"] == {f"LABEL_{i}": i for i in range(3)}
+        assert config["architectures"] == [{"bert": "Bert", "roberta": "Roberta"}[name] + "ForSequenceClassification"]
+
+
+@pytest.mark.parametrize("key, dtype", [("dtype", "bfloat16"), ("torch_dtype", "float16"), ("torch_dtype", "float32"), ("dtype", ["x"])])
+def test_a_written_checkpoint_has_its_sources_dtype_and_tokenizer(tmp_path, key, dtype):
+    source = edited(tmp_path, "bert", {"dtype": None, key: dtype})
+    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "other.txt"):
+        (source / file).write_text(file)
+    save_pretrained(Transformer.from_pretrained(source, num_labels=3), tmp_path / "out", source)
+    kinds = {tensor.dtype for tensor in read_safetensors(tmp_path / "out" / "model.safetensors").values()}
+    assert kinds == {getattr(torch, dtype) if isinstance(dtype, str) else torch.float32}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"}
+    assert all((tmp_path / "out" / file).read_text() == file for file in ("tokenizer.json", "vocab.txt"))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama3"])
@@ -217,19 +234,20 @@ def test_other_layouts_of_the_same_checkpoint(tmp_path, name, dtype):
     source = os.path.join(GOLDEN, name)
     tensors = {k: v.clone() for k, v in read_safetensors(os.path.join(source, "model.safetensors")).items()}
     expected = load(name, dtype=dtype)[0].state_dict()
-    for layout in ("single", "sharded"):
+    for layout, save, index in (("single", torch.save, None), ("pickled", torch.save, "pytorch_model.bin.index.json"),
+                                ("sharded", lambda tensors, path: write_safetensors(path, tensors), "model.safetensors.index.json")):
         folder = tmp_path / layout
         folder.mkdir()
         shutil.copy(os.path.join(source, "config.json"), folder)
-        if layout == "single":
-            torch.save(tensors, folder / "pytorch_model.bin")
-        else:
-            keys = sorted(tensors)
-            parts = {"a.bin": keys[::2], "b.bin": keys[1::2]}
-            for file, part in parts.items():
-                torch.save({k: tensors[k] for k in part}, folder / file)
-            index = {"weight_map": {k: file for file, part in parts.items() for k in part}}
-            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        if index is None:
+            save(tensors, folder / "pytorch_model.bin")
+            continue
+        keys = sorted(tensors)
+        parts = {"part-1": keys[::2], "part-2": keys[1::2]}
+        for file, part in parts.items():
+            save({k: tensors[k] for k in part}, folder / file)
+        (folder / index).write_text(json.dumps({"weight_map": {k: file for file, part in parts.items() for k in part}}))
+    for folder in tmp_path.iterdir():
         found = Transformer.from_pretrained(folder, dtype=dtype).state_dict()
         assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
 
@@ -249,8 +267,124 @@ def test_settings_that_are_not_supported_are_refused_by_name(tmp_path, change, m
     assert "config.json" in str(caught.value)
 
 
+def edited(tmp_path, name, change):
+    """A copy of a family's folder whose config.json has other values; None takes one out."""
+    folder = shutil.copytree(os.path.join(GOLDEN, name), tmp_path / name)
+    config = {**json.loads((folder / "config.json").read_text()), **change}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+OLD_ROPE = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+NULLS = dict.fromkeys(("num_decoder_layers", "feed_forward_proj", "relative_attention_max_distance", "relative_attention_num_buckets",
+                       "dense_act_fn", "is_gated_act", "scale_decoder_outputs", "tie_word_embeddings", "decoder_start_token_id"))
+
+
+@pytest.mark.parametrize("name, change", [
+    ("llama3", {"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": OLD_ROPE}),
+    ("llama3", {"rope_parameters": None, "rope_theta": 500, "rope_scaling": {**OLD_ROPE, "rope_type": "llama3"}}),
+    ("llama2", {"rope_parameters": None, "rope_theta": 10000.0, "pretraining_tp": 1, "pad_token_id": -1, "head_dim": None}),
+    ("qwen2", {"rope_parameters": None, "rope_theta": 1e4, "use_sliding_window": False, "sliding_window": 131072,
+               "max_window_layers": 28, "layer_types": None}),
+    ("t5", NULLS), ("flan-t5", {"tie_word_embeddings": False, "scale_decoder_outputs": None}),
+    ("bert", {"pad_token_id": None, "position_embedding_type": "absolute", "gradient_checkpointing": False})])
+@torch.no_grad()
+def test_configs_of_other_ages_say_the_same(tmp_path, name, change):
+    """The keys that older and newer files have, or leave out, lead to the same logits."""
+    model = Transformer.from_pretrained(edited(tmp_path, name, change), num_labels=3 if name == "bert" else None)
+    expected = load(name)[1]
+    batch, keep = padded(model, expected["rows"], "right")
+    torch.testing.assert_close(model(**batch)[keep], expected["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, change", [
+    *[("llama2", {"eos_token_id": value}) for value in ("x", ["x"], -1, [-1], {"a": 1}, [[1]], 1.5, True, 40)],
+    *[("llama2", {key: value}) for key, value in (
+        ("num_local_experts", 8), ("num_experts", 8), ("quantization_config", {"bits": 4}), ("layer_types", ["sliding_attention"] * 2),
+        ("model_type", ["llama"]), ("model_type", {}), ("vocab_size", 2**62), ("vocab_size", 10**30), ("num_hidden_layers", 10**7),
+        ("rms_norm_eps", 10**400), ("hidden_size", 0), ("hidden_size", 10**400), ("max_position_embeddings", "many"))],
+    ("llama2", {"rope_parameters": {"rope_theta": 0, "rope_type": "default"}}),
+    *[("t5", {key: value}) for key, value in (
+        ("decoder_start_token_id", 99999), ("relative_attention_max_distance", 8), ("d_model", 0), ("d_model", 10**400),
+        ("feed_forward_proj", "gated-silu"), ("dense_act_fn", "silu"), ("is_gated_act", True), ("scale_decoder_outputs", "x"),
+        ("is_encoder_decoder", False), ("num_layers", 3))],
+    *[("bert", {key: value}) for key, value in (
+        ("is_decoder", True), ("add_cross_attention", True), ("position_embedding_type", "relative_key"), ("hidden_act", "swish"),
+        ("pad_token_id", 40), ("hidden_dropout_prob", 1.5))]])
+def test_hostile_settings_are_refused(tmp_path, name, change):
+    with pytest.raises(ValueError) as caught:
+        Transformer.from_pretrained(edited(tmp_path, name, change))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [3, "x", torch.ones(2).to_sparse(), torch.ones(2, device="meta"), {3: torch.ones(1)}])
+def test_pickles_of_other_things_are_refused(tmp_path, value):
+    folder = edited(tmp_path, "bert", {})
+    (folder / "model.safetensors").unlink()
+    torch.save(value if isinstance(value, dict) else {"bert.pooler.dense.bias": value}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: .* is not a dense tensor"):
+        Transformer.from_pretrained(folder)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    folder = edited(tmp_path, "bert", {})
+    tensors = read_safetensors(folder / "model.safetensors")
+    write_safetensors(folder / "model.safetensors", {**tensors, "embeddings.LayerNorm.gamma": torch.ones(8)})
+    with pytest.raises(ValueError, match="model.safetensors: .* is there under two names"):
+        Transformer.from_pretrained(folder)
+
+
+def test_damaged_indexes(tmp_path):
+    """300 index files with bytes changed or cut: the same tensors, or a ValueError that names a file."""
+    source, rng, refused = read_safetensors(os.path.join(GOLDEN, "bert", "model.safetensors")), random.Random(2), 0
+    keys = sorted(source)
+    files = {"model-1.safetensors": keys[::2], "model-2.safetensors": keys[1::2]}
+    for file, part in files.items():
+        write_safetensors(tmp_path / file, {key: source[key] for key in part})
+    text = json.dumps({"metadata": {"total_size": 1}, "weight_map": {key: file for file, part in files.items() for key in part}}).encode()
+    for _ in range(300):
+        bad = bytearray(text)
+        for _ in range(rng.randrange(4)):
+            bad[rng.randrange(len(bad))] = rng.randrange(256)
+        (tmp_path / "model.safetensors.index.json").write_bytes(bad[:rng.randrange(len(bad))] if rng.random() < 0.2 else bad)
+        try:
+            _, tensors = read_tensors(tmp_path)
+            assert tensors.keys() == source.keys() and all(torch.equal(tensors[key], source[key]) for key in source)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(tmp_path) in str(error)
+            refused += 1
+    assert 200 < refused < 300
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_rows_that_end_leave_the_others_alone(name):
+    """Each row ends at its own time, some long before their neighbours, and stays ended."""
+    model, expected = load(name)
+    batch, _ = padded(model, expected["rows"], "left")
+    stops = {tokens[at].item() for tokens, at in zip(expected["greedy"], (1, 4, 6)) if len(tokens) > at}
+    for stop in (*stops, *([list(stops)] if len(stops) > 1 else [])):
+        ends = {stop} if isinstance(stop, int) else set(stop)
+        together = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=10, eos_id=stop)
+        for row, found in zip(expected["rows"], together.tolist()):
+            alone = model.generate(row[None], max_new_tokens=10, eos_id=stop)[0].tolist()
+            assert found[:len(alone)] == alone and set(found[len(alone):]) <= {model.config.pad_id}
+            assert not ends & set(alone[:-1])
+
+
+def test_what_generate_needs():
+    model, expected = load("llama2")
+    for bad, ids in ((load("bert")[0], torch.ones(1, 3).long()), (model.train(), torch.ones(1, 3).long()),
+                     (load("llama2")[0], torch.ones(2, 0).long())):
+        with pytest.raises(ValueError, match="generate needs a decoder, in eval mode, and a prompt"):
+            bad.generate(ids)
+    with pytest.raises(ValueError, match="decoder_input_ids is None"):
+        load("t5")[0](torch.ones(1, 3).long())
+    with pytest.raises(ValueError, match="the model has 64 positions"):
+        model.eval().generate(torch.full((1, 60), 8), max_new_tokens=10, eos_id=[])
+
+
 @pytest.mark.parametrize("weight_map, message", [
-    ({"a": "../b.bin"}, "no plain file name"), ({"a": "/etc/passwd"}, "no plain file name"), ({"a": 3}, "no plain"),
+    ({"a": "b\0.bin"}, "no plain file name"), ({"a": "\ud800.bin"}, "no plain file name"), ({"a": "../b.bin"}, "no plain file name"), ({"a": "/etc/passwd"}, "no plain file name"), ({"a": 3}, "no plain"),
     ("b.bin", "weight_map is no object"), ({"gone": "b.bin", "a": "b.bin"}, "gone is in no file"),
     ({"gone": "b.bin"}, "a is in b.bin, not in None"),
 ])

@@ -362,7 +362,8 @@ def one(dtype="F32", shape=(2,), offsets=(0, 8)):
     safetensors({**one(), "u": one(offsets=(12, 20))["t"]}, bytes(20)), safetensors(one(shape=(2**62, 4)), bytes(8)),
     safetensors(one(["F32"]), bytes(8)), safetensors(one(shape=(0, 2**62, 2**62), offsets=(0, 0))),
     safetensors(one(shape=(0, 2**64), offsets=(0, 0))), safetensors(b'{"t": ' + b"9" * 5000 + b"}"),
-], ids=range(29))
+    safetensors(one(shape=[10**4000] * 400), bytes(8)), safetensors(one(shape=[1] * 100_000 + [2]), bytes(8)),
+], ids=range(31))
 def test_broken_safetensors(tmp_path, content):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)

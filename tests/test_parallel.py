@@ -39,6 +39,8 @@ def worker(rank, folder):
         net = adapted(aux_rank=2 if method == "bi-lora" else 0)
         model = torch.nn.parallel.DistributedDataParallel(net)
         torch.save(train(net, model, half, method), f"{folder}/{method}-{rank}.pt")
+    del model
+    torch.distributed.barrier()  # neither leaves while the other still uses the group
     torch.distributed.destroy_process_group()
 
 

@@ -85,21 +85,26 @@ def test_logits_are_computed_at_the_answers_tokens_alone(monkeypatch):
 # ------------------------------------------------------------------------------------------ prompts and answers
 
 
+SAME = "classify the semantic similarity of the text: {}\n{}\nresult: "
+BY_HAND = {  # task: (LoRA-GA's prompt and answers, T5's own)
+    "mrpc": (SAME, "different equivalent", "mrpc sentence1: {} sentence2: {}", "not_equivalent equivalent"),
+    "cola": ("classify the grammaticality of the text: {}\nresult: ", "unacceptable acceptable", "cola sentence: {}",
+             "unacceptable acceptable"),
+    "sst2": ("classify the sentiment of the text: {}\nresult: ", "negative positive", "sst2 sentence: {}", "negative positive"),
+    "rte": (SAME, "entailment not_entailment", "rte sentence1: {} sentence2: {}", "entailment not_entailment"),
+    "qnli": ("classify the semantic similarity of the question and the sentence: {}\n{}\nresult: ", "entailment not_entailment",
+             "qnli question: {} sentence: {}", "entailment not_entailment"),
+    "qqp": (SAME, "different duplicate", "qqp question1: {} question2: {}", "not_duplicate duplicate"),
+    "mnli": (SAME, "entailment neutral contradiction", "mnli hypothesis: {1} premise: {0}", "entailment neutral contradiction"),
+}
+
+
 def test_prompts_by_hand():
-    pair, one = ("a {b}", "c"), ("a",)
-    assert PROMPTS["mrpc"][0].format(*pair) == "classify the semantic similarity of the text: a {b}\nc\nresult: "
-    assert PROMPTS["cola"][0].format(*one) == "classify the grammaticality of the text: a\nresult: "
-    assert PROMPTS["sst2"][0].format(*one) == "classify the sentiment of the text: a\nresult: "
-    assert PROMPTS["qnli"][0].format(*pair) == (
-        "classify the semantic similarity of the question and the sentence: a {b}\nc\nresult: ")
-    assert T5_PROMPTS["mrpc"][0].format(*pair) == "mrpc sentence1: a {b} sentence2: c"
-    assert T5_PROMPTS["mnli"][0].format(*pair) == "mnli hypothesis: c premise: a {b}"  # keys in the order of the alphabet
-    assert T5_PROMPTS["qnli"][0].format(*pair) == "qnli question: a {b} sentence: c"
-    for table in (PROMPTS, T5_PROMPTS):  # a word a class, in the order of the file's labels
-        assert all(len(words) == len(TASKS[task].labels) for task, (_, words) in table.items())
-        assert all(table[task][1] == TASKS[task].labels for task in ("rte", "qnli", "mnli"))
-        assert table.keys() == TASKS.keys() - {"embedded", "stsb"}
-    assert [table["mrpc"][1][1] for table in (PROMPTS, T5_PROMPTS)] == ["equivalent", "equivalent"]
+    assert PROMPTS.keys() == T5_PROMPTS.keys() == BY_HAND.keys() == TASKS.keys() - {"embedded", "stsb"}
+    for task, (prompt, answers, own, own_answers) in BY_HAND.items():
+        assert PROMPTS[task] == (prompt, tuple(answers.split())) and T5_PROMPTS[task] == (own, tuple(own_answers.split()))
+        assert len(PROMPTS[task][1]) == len(T5_PROMPTS[task][1]) == len(TASKS[task].labels)
+    assert T5_PROMPTS["mnli"][0].format("a {b}", "c") == "mnli hypothesis: c premise: a {b}"
 
 
 def tokenizer(end=None):
@@ -203,6 +208,12 @@ def test_wrong_input(folders, capsys, change, message):
         main([*RUN, "--model", "llama3", *change])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_the_longest_rows_there_is_room_for(folders):
+    """64 positions: 63 for the prompt and one for an answer of two tokens, whose last is not read."""
+    _, args = train_glue.parse_arguments([*RUN, "--model", "llama3", "--max-length", "63"])
+    assert max(map(len, train_glue.load_glue(args, TASKS["mrpc"]).answers)) == 2
 
 
 def test_a_merged_checkpoint_is_rounded_once(folders):
