@@ -427,7 +427,10 @@ def pretrained_base(args):
             for batch in batch_order(examples, PRETRAINING["batch_size"], rng):
                 yield [examples[i] for i in batch]
 
-    return pretrained(settings, partial(Transformer, EMBEDDED_CONFIG), batches(), denoising_loss, PRETRAINING["lr"], args)
+    def optimizers(model):
+        return [torch.optim.AdamW(model.parameters(), lr=PRETRAINING["lr"], weight_decay=0.01, fused=True)]
+
+    return pretrained(settings, partial(Transformer, EMBEDDED_CONFIG), optimizers, batches(), denoising_loss, args)
 
 
 def denoising_loss(model, examples, device):
@@ -447,7 +450,7 @@ def corrupt(ids):
     return torch.where(chosen & (dice > 1 - PRETRAINING["replaced"]), any_word, shown), chosen
 
 
-def pretrained(settings, build, batches, loss_of, lr, args):
+def pretrained(settings, build, optimizers, batches, loss_of, args):
     """Path of a state dict in runs/, by a hash of `settings`; if it is not there, all of a model is trained now and saved."""
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     path, device, steps = os.path.join("runs", f"pretrained-{key}.pt"), torch.device(args.device), args.pretraining_steps
@@ -455,17 +458,18 @@ def pretrained(settings, build, batches, loss_of, lr, args):
         return path
     torch.manual_seed(0)
     model = build().to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
-    schedule = cosine_schedule(optimizer, steps, warmup=0.05)
+    optimizers = optimizers(model)
+    schedules = [cosine_schedule(optimizer, steps, warmup=0.05) for optimizer in optimizers]
+    print("pretraining the base: once, for it is kept in runs/", flush=True)
     bar = tqdm(range(steps), desc="pretraining the base", disable=None)
     for _, batch in zip(bar, batches):
         with precision(device, args.bf16):
             loss = loss_of(model, batch, device)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for part in (*optimizers, *schedules):
+            part.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     os.makedirs("runs", exist_ok=True)
     torch.save(model.state_dict(), path + ".tmp")
@@ -1126,7 +1130,8 @@ def add_shared_arguments(parser):
     group.add_argument("--seeds", type=number(int, 0, 2**63), nargs="+", help="default: by task")
     group.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
                        help="default: %(default)s")
-    group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16 (default: off)")
+    group.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                       help="autocast to bfloat16; GSM8K's base is kept in it as well (default: by task)")
     group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                        help="keep each block's input alone and compute the block again for its gradient: less memory, more time")
     group.add_argument("--save-every", type=number(int, 1), help="steps from one saved state to the next (default: no state)")
@@ -1145,7 +1150,7 @@ def check_arguments(parser, args):
         parser.error(f"--{given[0].replace('_', '-')} is for a GLUE task; choose one with --task")
     defaults = {"lr": task.lr, "rho": list(task.rho), "epochs": task.epochs, "batch_size": task.batch_size,
                 "seeds": list(task.seeds), "limit": EMBEDDED_TRAIN if embedded else None, "max_length": 256,
-                "label_noise": 0.1 if embedded else 0.0, "out": os.path.join("runs", args.task)}
+                "label_noise": 0.1 if embedded else 0.0, "bf16": False, "out": os.path.join("runs", args.task)}
     fill_in(parser, args, defaults)
     if not embedded and not args.model:
         parser.error(f"--task {args.task} needs --model, a folder or the id of a model on the Hugging Face hub")

@@ -19,6 +19,7 @@ from decimal import Decimal
 from functools import partial
 
 import torch
+import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -280,12 +281,12 @@ def embedded_tokenizer():
 
 
 EOS = 1  # <eos> in the vocabulary; 0 is <pad>
-EMBEDDED_TRAIN, EMBEDDED_TEST = 400, 500  # problems
-EMBEDDED_CONFIG = Config(vocab_size=embedded_tokenizer().get_vocab_size(), d_model=128, d_ff=512, heads=4, decoder_layers=4,
-                         positions="rotary", norm="rms", max_length=256, bias=False, qkv_bias=False, eos_id=EOS)
-PRETRAINING_SETTINGS = {"steps": 1000, "batch_size": 64, "lr": 3e-3, "facts": 0.3}
-EMBEDDED_DEFAULTS = {"lr": 2e-3, "epochs": 10, "micro_batch": None, "limit": EMBEDDED_TRAIN, "eval_limit": EMBEDDED_TEST,
-                     "max_new_tokens": 100, "out": os.path.join("runs", "gsm8k-embedded")}
+EMBEDDED_TRAIN, EMBEDDED_TEST = 300, 500  # problems
+EMBEDDED_CONFIG = Config(vocab_size=embedded_tokenizer().get_vocab_size(), d_model=128, d_ff=512, heads=4, decoder_layers=3,
+                         positions="rotary", norm="rms", activation="relu", max_length=256, bias=False, qkv_bias=False, eos_id=EOS)
+PRETRAINING_SETTINGS = {"steps": 1800, "batch_size": 16, "muon_lr": 1e-2, "lr": 5e-3, "facts": 0.25}
+EMBEDDED_DEFAULTS = {"lr": 6e-3, "epochs": 6, "batch_size": 8, "micro_batch": None, "limit": EMBEDDED_TRAIN,
+                     "eval_limit": EMBEDDED_TEST, "max_new_tokens": 110, "out": os.path.join("runs", "gsm8k-embedded")}
 
 
 def embedded_rows(seed, split, count):
@@ -299,7 +300,7 @@ def pretrained_base(args):
     tokenizer, rng, size = embedded_tokenizer(), random.Random(0), PRETRAINING_SETTINGS["batch_size"]
     settings = [asdict(EMBEDDED_CONFIG), PRETRAINING_SETTINGS, PRETRAINING, WORDS, args.pretraining_steps, args.bf16]
 
-    def batches():
+    def batches():  # sheets of facts, which need no reading, among the problems
         while True:  # rows of similar length in one batch
             rows = [fact_sheet(rng) if rng.random() < PRETRAINING_SETTINGS["facts"] else problem(rng, PRETRAINING)
                     for _ in range(16 * size)]
@@ -310,7 +311,21 @@ def pretrained_base(args):
     def loss(model, examples, device):
         return answer_losses(model, *zip(*examples), 0, device).sum() / sum(len(answer) for _, answer in examples)
 
-    return pretrained(settings, partial(Transformer, EMBEDDED_CONFIG), batches(), loss, PRETRAINING_SETTINGS["lr"], args)
+    def build():
+        model = Transformer(EMBEDDED_CONFIG)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):  # larger than a checkpoint's beginning: few steps have to do
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        return model
+
+    def optimizers(model):
+        matrices = [p for p in model.decoder.blocks.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+        return [torch.optim.Muon(matrices, lr=PRETRAINING_SETTINGS["muon_lr"], weight_decay=0.1, ns_steps=4,
+                                 adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW(others, lr=PRETRAINING_SETTINGS["lr"], weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
+
+    return pretrained(settings, build, optimizers, batches(), loss, args)
 
 
 # ---------------------------------------------------------------------------------------------- the experiment
@@ -455,7 +470,7 @@ def parse_arguments(argv):
                        help="of the embedded task's base; 0: a random base (default: %(default)s)")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-limit", type=number(int, 1), help=f"test problems (default: all; embedded: {EMBEDDED_TEST})")
-    group.add_argument("--eval-batch-size", type=number(int, 1), default=128, help="prompts at a time (default: %(default)s)")
+    group.add_argument("--eval-batch-size", type=number(int, 1), default=250, help="prompts at a time (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=number(int, 1), help="generated for a prompt (default: 512; embedded: 100)")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
@@ -469,7 +484,7 @@ def check_arguments(parser, args):
     given = [name for name in ("data", "model", "revision", "max_length", "merge") if getattr(args, name) not in (None, False)]
     if embedded and given:
         parser.error(f"--{given[0].replace('_', '-')} is for a real model; choose gsm8k or metamath with --task")
-    defaults = {"lr": 5e-4, "rho": [0.01, 0.05], "epochs": 2, "batch_size": 32, "micro_batch": 4, "seeds": [0, 1, 2],
+    defaults = {"lr": 5e-4, "rho": [0.01, 0.05], "epochs": 2, "batch_size": 32, "micro_batch": 4, "seeds": [0, 1, 2], "bf16": True,
                 "max_new_tokens": 512, "max_length": 1024, "out": os.path.join("runs", args.task)}
     if embedded:
         defaults |= EMBEDDED_DEFAULTS
