@@ -285,7 +285,7 @@ EMBEDDED_TRAIN, EMBEDDED_TEST = 300, 500  # problems
 EMBEDDED_CONFIG = Config(vocab_size=embedded_tokenizer().get_vocab_size(), d_model=128, d_ff=512, heads=4, decoder_layers=3,
                          positions="rotary", norm="rms", activation="relu", max_length=256, bias=False, qkv_bias=False, eos_id=EOS)
 PRETRAINING_SETTINGS = {"steps": 1800, "batch_size": 16, "muon_lr": 1e-2, "lr": 5e-3, "facts": 0.25}
-EMBEDDED_DEFAULTS = {"lr": 6e-3, "epochs": 6, "batch_size": 8, "micro_batch": None, "limit": EMBEDDED_TRAIN,
+EMBEDDED_DEFAULTS = {"lr": 6e-3, "epochs": 5, "batch_size": 8, "micro_batch": None, "limit": EMBEDDED_TRAIN,
                      "eval_limit": EMBEDDED_TEST, "max_new_tokens": 110, "out": os.path.join("runs", "gsm8k-embedded")}
 
 
