@@ -401,20 +401,24 @@ class Transformer(nn.Module):
         fresh = {key for key in expected if key.startswith("classifier.")}
         if any(key not in tensors or tensors[key].shape != expected[key].shape for key in fresh):
             tensors |= {key: fresh_parameter(expected[key]) for key in sorted(fresh)}
-        unused = {key for key in tensors if key not in expected and re.match(r"(pooler|classifier)\.", key)}
-        if config.tied:
-            unused.add("lm_head.weight")
-        for key in sorted(expected.keys() | (tensors.keys() - unused)):
-            if key not in tensors or key not in expected:
-                raise ValueError(f"{path}: {key} is {'missing' if key not in tensors else 'unexpected'}")
-            if not tensors[key].is_floating_point():
-                raise ValueError(f"{path}: {key} is of {tensors[key].dtype}, expected floating-point numbers")
-            if tensors[key].shape != expected[key].shape:
-                raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, config.json says "
-                                 f"{tuple(expected[key].shape)}")
+        require_same_tensors(path, tensors, expected, config)
         dtype = torch.float32 if dtype is None else dtype
         model.load_state_dict({key: tensors[key].to(dtype, copy=True) for key in expected}, assign=True, strict=False)
         return model.requires_grad_(True).eval()
+
+
+def require_same_tensors(path, tensors, expected, config):
+    """ValueError for one that is missing, unexpected, no floating-point numbers or misshapen; heads may be left unused."""
+    unused = {key for key in tensors if key not in expected and re.match(r"(pooler|classifier)\.", key)}
+    if config.tied:
+        unused.add("lm_head.weight")
+    for key in sorted(expected.keys() | (tensors.keys() - unused)):
+        if key not in tensors or key not in expected:
+            raise ValueError(f"{path}: {key} is {'missing' if key not in tensors else 'unexpected'}")
+        if not tensors[key].is_floating_point():
+            raise ValueError(f"{path}: {key} is of {tensors[key].dtype}, expected floating-point numbers")
+        if tensors[key].shape != expected[key].shape:
+            raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, config.json says {tuple(expected[key].shape)}")
 
 
 def has_own_head(tensors, config):

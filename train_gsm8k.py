@@ -30,7 +30,7 @@ from train_glue import (Parser, add_shared_arguments, answer_losses, argparse, b
 
 # ---------------------------------------------------------------------------------------------- answers
 
-NUMBER = r"(?:(?<!\d)-)?\$?\d[\d,]*(?:\.\d+)?"  # a minus sign after a digit is a subtraction
+NUMBER = r"\$?(?:(?<![0-9])-)?\$?[0-9][0-9,]*(?:\.[0-9]+)?"  # a minus sign after a digit is a subtraction
 
 
 def extract_answer(text, strict=True):
@@ -52,7 +52,9 @@ def encode(tokenizer, rows, eos_id):
     read the same prompt, and it is tokenized by itself, so that no token spans its end."""
     prompts = tokenizer.encode_batch([f"Q: {question}\nA: " for question, _ in rows])
     answers = tokenizer.encode_batch([answer for _, answer in rows], add_special_tokens=False)
-    return [(prompt.ids, answer.ids + as_list(eos_id)[:1]) for prompt, answer in zip(prompts, answers)]
+    ends = as_list(eos_id)
+    return [(prompt.ids[:-1] if prompt.ids[-1] in ends else prompt.ids, answer.ids + ends[:1])  # some tokenizers end every text
+            for prompt, answer in zip(prompts, answers)]
 
 
 # ---------------------------------------------------------------------------------------------- data

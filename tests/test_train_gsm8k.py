@@ -35,7 +35,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
     ("#### -5", "-5", "-5"), ("10-5", None, "5"), ("#### ,", None, None), ("#### none, 3 left", None, "3"), ("", None, None),
     ("no marker 12 but 13", None, "13"), ("####1,234,567", "1234567", "1234567"), ("#### 5 apples\n#### 6", "5", "6"),
     ("#### 3.5", "3.5", "3.5"), ("a lone $ and #### $", None, None), ("-$5", None, "-5"), ("#### \n 4", "4", "4"),
-    ("16 - 3 = <<16-3=13>>13\n#### 13\n", "13", "13"), ("x=-7, y = 2-7", None, "7"), ("#### 0", "0", "0"),
+    ("#### -$5", "-5", "-5"), ("#### $-5", "-5", "-5"), ("#### $1,000,000", "1000000", "1000000"), ("####72####", "72", "72"),
+    ("#### \uff15", None, None), ("#### " + "9" * 60, "9" * 60, "9" * 60), ("16 - 3 = <<16-3=13>>13\n#### 13\n", "13", "13"), ("x=-7, y = 2-7", None, "7"), ("#### 0", "0", "0"),
 ])
 def test_extracted_answers(text, strict, flexible):
     assert extract_answer(text) == strict and extract_answer(text, strict=False) == flexible
@@ -85,6 +86,8 @@ def test_the_prompt_is_a_prefix_of_prompt_and_answer(answer):
     if answer[0] == "5":  # this tokenizer would have merged across the boundary
         assert tokenizer.encode("Q: a b\nA: " + answer).ids[:len(prompt)] != prompt
     assert encode(tokenizer, [("a b", answer)], None)[0] == (prompt, ids[:-1])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)])
+    assert encode(tokenizer, [("a b", answer)], [1, 7])[0] == (prompt, ids)  # a prompt does not end the text
 
 
 def test_the_loss_is_the_answers_alone_and_the_end_has_one():
