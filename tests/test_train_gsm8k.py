@@ -360,6 +360,7 @@ def test_rows_that_are_too_long_are_left_out(folders, capsys):
     assert f"data/train.jsonl: {long} rows of more than 10 tokens are left out" in capsys.readouterr().out and 0 < long < 21
 
 
+@pytest.mark.pictures
 def test_the_embedded_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = ["--seeds", "0", "--limit", "16", "--epochs", "1", "--eval-limit", "6", "--pretraining-steps", "2", "--max-new-tokens", "5",
