@@ -683,6 +683,8 @@ def train(args, method, seed, experiment, folder):
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             if args.save_every and len(run["log"]) % args.save_every == 0:
                 save_state(state, model, optimizer, schedule, run)
+        if args.save_every:
+            save_state(state, model, optimizer, schedule, run)  # scoring takes long too
         last = epoch == args.epochs
         metrics, record, files = experiment.evaluate(model, sets, args) if last or experiment.every_epoch else ({}, {}, {})
         loss = statistics.fmean(row["loss"] for row in run["log"] if row["epoch"] == epoch)
@@ -718,8 +720,11 @@ def save_state(path, model, optimizer, schedule, run):
     """All that the rest of a run depends on, under a temporary name until it is whole."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     device = [torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "run": run,
-                "random": [torch.get_rng_state(), *device]}, path + ".tmp")
+    try:
+        torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "run": run,
+                    "random": [torch.get_rng_state(), *device]}, path + ".tmp")
+    except RuntimeError as error:  # torch's own of a full disk
+        raise OSError(f"{path}.tmp: {str(error).splitlines()[0]}") from None
     os.replace(path + ".tmp", path)
 
 
@@ -728,8 +733,9 @@ def load_state(path, model, optimizer, schedule):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.no_grad():
-            for name, value in state["trained"].items():
-                model.get_parameter(name).copy_(value)
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            for name in trained.keys() | state["trained"].keys():
+                trained[name].copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"][0])
@@ -742,7 +748,7 @@ def load_state(path, model, optimizer, schedule):
 
 def run_config(args, method, seed, experiment):
     """What a run depends on: its settings and its files, but not the other runs nor where its own files go."""
-    others = {"method", "seeds", "rho", "out", "resume", "save_every"}
+    others = {"method", "seeds", "rho", "out", "resume", "save_every", "eval_batch_size"}
     config = {"method": method, "seed": seed, "rho": radius(args, method), "files": experiment.files,
               **{name: value for name, value in vars(args).items() if name not in others}}
     return json.loads(json.dumps(config))  # as it is read back
@@ -751,7 +757,10 @@ def run_config(args, method, seed, experiment):
 def finished_run(config, folder):
     """The metrics of a run that was completed in this folder, or None.  ValueError if it was begun with other settings."""
     path = os.path.join(folder, "config.json")
-    begun = read_json(path) if os.path.exists(path) else config
+    if not os.path.exists(path):
+        forget(folder)
+        return None
+    begun = read_json(path)
     for key in begun.keys() | config.keys():
         if begun.get(key) != config.get(key):
             raise ValueError(f"{path}: {key} is {begun.get(key)!r}, now {config.get(key)!r}; a run goes on with its own settings")

@@ -25,12 +25,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 from model import Config, Transformer, as_list, load_tokenizer, local_folder, read_config
-from train_glue import (Parser, add_shared_arguments, answer_losses, argparse, batch_order, cache_folder, compare, download,
+from train_glue import (Parser, add_shared_arguments, answer_losses, argparse, batch_order, cache_folder, compare, decode, download,
                         file_stamps, fill_in, number, pad_rows, precision, pretrained, require_ranks_that_fit)
 
 # ---------------------------------------------------------------------------------------------- answers
 
-NUMBER = r"\$?(?:(?<![0-9])-)?\$?[0-9][0-9,]*(?:\.[0-9]+)?"  # a minus sign after a digit is a subtraction
+# A minus sign after a digit is a subtraction, commas part thousands, and a fraction is no number that is asked for.
+NUMBER = r"\$?(?:(?<![0-9] )(?<![0-9])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?(?![0-9]|/[0-9])"
 
 
 def extract_answer(text, strict=True):
@@ -38,7 +39,8 @@ def extract_answer(text, strict=True):
 
     strict: the number right after ####, as GSM8K writes it.  Otherwise the last number in the text.
     """
-    found = re.findall(rf"####\s*({NUMBER})" if strict else NUMBER, text)
+    text = text.replace("\N{MINUS SIGN}", "-")
+    found = re.findall(rf"####[\s*]*({NUMBER})" if strict else NUMBER, text)
     return found[-1 if not strict else 0].replace(",", "").replace("$", "") if found else None
 
 
@@ -48,13 +50,22 @@ def is_right(found, gold):
 
 
 def encode(tokenizer, rows, eos_id):
-    """[(prompt ids, answer ids)] of [(question, answer)].  The only place that knows the format: training and evaluation
-    read the same prompt, and it is tokenized by itself, so that no token spans its end."""
-    prompts = tokenizer.encode_batch([f"Q: {question}\nA: " for question, _ in rows])
-    answers = tokenizer.encode_batch([answer for _, answer in rows], add_special_tokens=False)
-    ends = as_list(eos_id)
-    return [(prompt.ids[:-1] if prompt.ids[-1] in ends else prompt.ids, answer.ids + ends[:1])  # some tokenizers end every text
-            for prompt, answer in zip(prompts, answers)]
+    """[(prompt ids, answer ids, the number asked for)] of [(question, answer)].  The only place that knows the format: training
+    and evaluation read the same prompt, and it is tokenized by itself, so that no token spans its end."""
+    examples, ends = [], as_list(eos_id)
+    for start in range(0, len(rows), 1000):  # few at a time: tokenizers keeps more than the ids of each
+        part = rows[start:start + 1000]
+        try:
+            prompts = tokenizer.encode_batch([f"Q: {question}\nA: " for question, _ in part])
+            answers = tokenizer.encode_batch([answer for _, answer in part], add_special_tokens=False)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ValueError(f"the tokenizer: {error}") from None
+        for prompt, answer, (_, text) in zip(prompts, answers, part):
+            ids = prompt.ids[:-1] if prompt.ids and prompt.ids[-1] in ends else prompt.ids  # some tokenizers end every text
+            if not ids or not answer.ids:
+                raise ValueError(f"the tokenizer gives no token for a question or for its answer {text[-60:]!r}")
+            examples.append((ids, answer.ids + ends[:1], extract_answer(text)))
+    return examples
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -87,11 +98,11 @@ def data_file(args, name):
 def read_jsonl(path):
     """[(question, answer)] of GSM8K's file.  ValueError names file, line and value."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(decode(line, f"{path}, line {number}"))
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
             rows.append(texts_of(row, "question", "answer", f"{path}, line {number}"))
             if extract_answer(rows[-1][1]) is None:
@@ -109,34 +120,36 @@ def texts_of(row, question, answer, where):
 
 
 def read_metamath(path, count=METAMATH_ROWS):
-    """[(question, answer)] of the first `count` rows whose type has GSM in it; the answer ends with its #### line."""
+    """[(question, answer)] of the first `count` rows whose type has GSM in it and whose response has a #### line, which then
+    ends the answer."""
     rows = []
     for number, row in enumerate(json_array(path), 1):
         question, answer = texts_of(row, "query", "response", f"{path}, row {number}")
-        if "GSM" not in str(row.get("type")):
+        if "GSM" not in str(row.get("type")) or extract_answer(answer) is None:
             continue
         rows.append((question, answer.partition("\nThe answer is:")[0]))
         if len(rows) == count:
             return rows
     if not rows:
-        raise ValueError(f"{path}: no row whose type has GSM in it")
+        raise ValueError(f"{path}: no row whose type has GSM in it and whose response has a #### line")
     return rows
 
 
 def json_array(path, chunk=2**20, largest=2**24):
     """The values of a JSON array, one after the other: the file never is in memory as a whole."""
-    decoder, place = json.JSONDecoder(), 1
-    with open(path, encoding="utf-8") as file:
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    with open(path, encoding="utf-8-sig") as file:
         text = file.read(chunk)
-        if not text.startswith("["):
+        if not text.lstrip().startswith("["):
             raise ValueError(f"{path}: not a JSON array")
+        place = text.index("[") + 1
         for number in itertools.count(1):
             while True:
-                place += len(text[place:place + 100]) - len(text[place:place + 100].lstrip(" \n\r\t,"))
+                place = between.match(text, place).end()
                 try:
                     value, place = decoder.raw_decode(text, place)
                     break
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     if text[place:place + 1] == "]":
                         return
                     more = file.read(chunk)
@@ -288,7 +301,7 @@ EMBEDDED_CONFIG = Config(vocab_size=embedded_tokenizer().get_vocab_size(), d_mod
                          positions="rotary", norm="rms", activation="relu", max_length=256, bias=False, qkv_bias=False, eos_id=EOS)
 PRETRAINING_SETTINGS = {"steps": 1800, "batch_size": 16, "muon_lr": 1e-2, "lr": 5e-3, "facts": 0.25}
 EMBEDDED_DEFAULTS = {"lr": 6e-3, "epochs": 5, "batch_size": 8, "micro_batch": None, "limit": EMBEDDED_TRAIN,
-                     "eval_limit": EMBEDDED_TEST, "max_new_tokens": 110, "out": os.path.join("runs", "gsm8k-embedded")}
+                     "eval_limit": EMBEDDED_TEST, "eval_batch_size": 250, "max_new_tokens": 110, "out": os.path.join("runs", "gsm8k-embedded")}
 
 
 def embedded_rows(seed, split, count):
@@ -300,7 +313,9 @@ def embedded_rows(seed, split, count):
 def pretrained_base(args):
     """Path of the embedded task's base, a state dict; pretrained now, on facts and problems, if runs/ does not have it."""
     tokenizer, rng, size = embedded_tokenizer(), random.Random(0), PRETRAINING_SETTINGS["batch_size"]
-    settings = [asdict(EMBEDDED_CONFIG), PRETRAINING_SETTINGS, PRETRAINING, WORDS, args.pretraining_steps, args.bf16]
+    sheets = [fact_sheet(random.Random(i)) for i in range(50)]  # another arithmetic, another base
+    settings = [asdict(EMBEDDED_CONFIG), PRETRAINING_SETTINGS, PRETRAINING, WORDS, LARGEST, sheets, tokenizer.to_str(),
+                args.pretraining_steps, args.bf16]
 
     def batches():  # sheets of facts, which need no reading, among the problems
         while True:  # rows of similar length in one batch
@@ -311,7 +326,8 @@ def pretrained_base(args):
                 yield [examples[i] for i in batch]
 
     def loss(model, examples, device):
-        return answer_losses(model, *zip(*examples), 0, device).sum() / sum(len(answer) for _, answer in examples)
+        prompts, answers, _ = zip(*examples)
+        return answer_losses(model, prompts, answers, 0, device).sum() / sum(map(len, answers))
 
     def build():
         model = Transformer(EMBEDDED_CONFIG)
@@ -347,10 +363,11 @@ class Experiment:
 
     def loss(self, model, examples, device):
         """Summed over the answers' tokens, 0-dim; the prompts' tokens have no loss, and no logits are computed for them."""
-        return answer_losses(model, *zip(*examples), self.pad_id, device).sum()
+        prompts, answers, _ = zip(*examples)
+        return answer_losses(model, prompts, answers, self.pad_id, device).sum()
 
     def count(self, examples):
-        return sum(len(answer) for _, answer in examples)
+        return sum(len(answer) for _, answer, _ in examples)
 
     def majority(self, examples, sets):
         return {}
@@ -361,10 +378,9 @@ class Experiment:
         accuracy: the number after #### is the right one.  flexible: the last number is.  no_marker: there is none after a ####.
         """
         (examples,) = sets.values()
-        texts = generate(model, self, [prompt for prompt, _ in examples], args)
+        texts = generate(model, self, [prompt for prompt, *_ in examples], args)
         rows = []
-        for (prompt, answer), text in zip(examples, texts):
-            gold = extract_answer(self.tokenizer.decode(answer))
+        for (prompt, _, gold), text in zip(examples, texts):
             found = {"strict": extract_answer(text), "flexible": extract_answer(text, strict=False)}
             rows.append({"prompt": self.tokenizer.decode(prompt), "generated": text, "gold": gold, **found,
                          "right": is_right(found["strict"], gold), "flexibly_right": is_right(found["flexible"], gold)})
@@ -378,7 +394,7 @@ def generate(model, experiment, prompts, args):
     """The text that follows each prompt, greedily: prompts of similar length in one batch, padded on the left."""
     model.eval()
     device, texts = torch.device(args.device), [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # if memory is short, then at once
     for start in tqdm(range(0, len(order), args.eval_batch_size), desc="generating", leave=False, disable=None):
         batch = order[start:start + args.eval_batch_size]
         length = max(len(prompts[i]) for i in batch)
@@ -405,14 +421,10 @@ def load_embedded(args):
         return model
 
     def data(seed):
-        return tuple_of_sets(encode(tokenizer, embedded_rows(seed, "train", args.limit), EOS),
-                             encode(tokenizer, embedded_rows(seed, "test", args.eval_limit), EOS))
+        return (encode(tokenizer, embedded_rows(seed, "train", args.limit), EOS),
+                {"test": encode(tokenizer, embedded_rows(seed, "test", args.eval_limit), EOS)})
 
     return Experiment(build, data, tokenizer, 0, file_stamps(path))
-
-
-def tuple_of_sets(examples, test):
-    return examples, {"test": test}
 
 
 def load_decoder(args):
@@ -420,6 +432,8 @@ def load_decoder(args):
     config, family = read_config(source)
     if config.encoder_layers:
         raise ValueError(f"{source}: a model of the family {family} has an encoder; expected a decoder alone, such as Llama")
+    if not as_list(config.eos_id):
+        raise ValueError(f"{os.path.join(source, 'config.json')}: no eos_token_id; expected one, for an answer has to end")
     build = partial(Transformer.from_pretrained, source, dtype=torch.bfloat16 if args.bf16 else None)
     require_ranks_that_fit(args, build)
     tokenizer = load_tokenizer(source)
@@ -445,11 +459,11 @@ def require_room(args, source, config, examples, tests, pad_id):
     """ValueError for tokens, or places, that the model does not have."""
     if not examples:
         raise ValueError(f"--max-length is {args.max_length}; every row is longer")
-    token = max(pad_id, *(max(map(max, row)) for row in [*examples, *tests]))
+    token = max(pad_id, *(max(*prompt, *answer) for prompt, answer, _ in [*examples, *tests]))
     if token >= config.vocab_size:
         raise ValueError(f"{os.path.join(source, 'tokenizer.json')}: gives token {token}; the model has {config.vocab_size}")
-    for what, length in (("the longest row", max(len(a) + len(b) - 1 for a, b in examples)),
-                         ("the longest prompt and --max-new-tokens", max(len(a) for a, _ in tests) + args.max_new_tokens)):
+    for what, length in (("the longest row", max(len(a) + len(b) - 1 for a, b, _ in examples)),
+                         ("the longest prompt and --max-new-tokens", max(len(a) for a, *_ in tests) + args.max_new_tokens - 1)):
         if config.max_length is not None and length > config.max_length:
             raise ValueError(f"{what}: {length} tokens; the model has {config.max_length} positions")
 
@@ -457,8 +471,16 @@ def require_room(args, source, config, examples, tests, pad_id):
 # ---------------------------------------------------------------------------------------------- arguments and main
 
 
+DEFAULTS = {"lr": 5e-4, "rho": [0.01, 0.05], "epochs": 2, "batch_size": 32, "micro_batch": 4, "seeds": [0, 1, 2], "bf16": True,
+            "max_length": 1024, "max_new_tokens": 512, "eval_batch_size": 16}
+
+
 def parse_arguments(argv):
-    parser = Parser(prog="train_gsm8k.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    epilog = "Defaults by task (the paper's for gsm8k and metamath):\n" + "".join(
+        f"  {name:<17} --lr {d['lr']} --batch-size {d['batch_size']} --micro-batch {d['micro_batch'] or d['batch_size']} --epochs "
+        f"{d['epochs']} --rho {d['rho'][0]} {d['rho'][1]} --seeds {' '.join(map(str, d['seeds']))}\n"
+        for name, d in (("embedded", {**DEFAULTS, **EMBEDDED_DEFAULTS}), ("gsm8k, metamath", DEFAULTS)))
+    parser = Parser(prog="train_gsm8k.py", description=__doc__, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("task")
     group.add_argument("--task", choices=("embedded", "gsm8k", "metamath"), default="embedded",
                        help="training problems; gsm8k and metamath are scored on GSM8K's test file (default: %(default)s)")
@@ -472,8 +494,8 @@ def parse_arguments(argv):
                        help="of the embedded task's base; 0: a random base (default: %(default)s)")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-limit", type=number(int, 1), help=f"test problems (default: all; embedded: {EMBEDDED_TEST})")
-    group.add_argument("--eval-batch-size", type=number(int, 1), default=250, help="prompts at a time (default: %(default)s)")
-    group.add_argument("--max-new-tokens", type=number(int, 1), help="generated for a prompt (default: 512; embedded: 100)")
+    group.add_argument("--eval-batch-size", type=number(int, 1), help="prompts at a time (default: 16; embedded: 250)")
+    group.add_argument("--max-new-tokens", type=number(int, 1), help="generated for a prompt (default: 512; embedded: 110)")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
@@ -486,11 +508,7 @@ def check_arguments(parser, args):
     given = [name for name in ("data", "model", "revision", "max_length", "merge") if getattr(args, name) not in (None, False)]
     if embedded and given:
         parser.error(f"--{given[0].replace('_', '-')} is for a real model; choose gsm8k or metamath with --task")
-    defaults = {"lr": 5e-4, "rho": [0.01, 0.05], "epochs": 2, "batch_size": 32, "micro_batch": 4, "seeds": [0, 1, 2], "bf16": True,
-                "max_new_tokens": 512, "max_length": 1024, "out": os.path.join("runs", args.task)}
-    if embedded:
-        defaults |= EMBEDDED_DEFAULTS
-    fill_in(parser, args, defaults)
+    fill_in(parser, args, {**DEFAULTS, "out": os.path.join("runs", args.task), **(EMBEDDED_DEFAULTS if embedded else {})})
     if not embedded and not args.model:
         parser.error(f"--task {args.task} needs --model, a folder or the id of a model on the Hugging Face hub")
 
@@ -504,8 +522,8 @@ def main(argv=None):
     report = compare(parser, args, experiment)
     print("\nA few generations:")
     for run in report["results"][:len(args.method)]:
-        sample = run["epochs"][-1]["samples"][0]
-        print(f"\n{run['method']}, seed {run['seed']}; expected {sample['gold']}\n{sample['prompt']}{sample['generated']}")
+        for sample in run["epochs"][-1]["samples"][:2]:
+            print(f"\n{run['method']}, seed {run['seed']}; expected {sample['gold']}\n{sample['prompt']}{sample['generated']}")
     return report
 
 

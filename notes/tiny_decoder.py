@@ -46,13 +46,13 @@ def main():
     config, family = read_config(args.out)
     torch.manual_seed(0)
     model, rng, examples = Transformer(config).train(), random.Random(0), encode(tokenizer, rows, EOS)
-    print(f"{len(rows)} problems, {sum(len(a) + len(b) for a, b in examples)} tokens, "
-          f"{sum(len(b) for _, b in examples)} of them in answers; {sum(p.numel() for p in model.parameters())} parameters")
+    print(f"{len(rows)} problems, {sum(len(a) + len(b) for a, b, _ in examples)} tokens, "
+          f"{sum(len(b) for _, b, _ in examples)} of them in answers; {sum(p.numel() for p in model.parameters())} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, fused=True)
     schedule = cosine_schedule(optimizer, args.steps, warmup=0.05)
     batches = (batch for _ in range(10**6) for batch in batch_order(examples, 16, rng))
     for step, batch in zip(tqdm(range(1, args.steps + 1), disable=None), batches):
-        prompts, answers = zip(*(examples[i] for i in batch))
+        prompts, answers, _ = zip(*(examples[i] for i in batch))
         with precision(torch.device("cpu"), True):
             loss = answer_losses(model, prompts, answers, 0, torch.device("cpu")).sum() / sum(map(len, answers))
         optimizer.zero_grad()

@@ -527,6 +527,17 @@ def test_resume_takes_finished_runs(glue_folder, monkeypatch):
     assert log.read_text() != "kept"  # not asked for: trained again
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_what_torch_says_of_a_full_disk(tmp_path):
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.AdamW(model.parameters())
+    (tmp_path / "state.pt.tmp").symlink_to("/dev/full")
+    (tmp_path / "state.pt").write_bytes(b"the last state")
+    with pytest.raises(OSError, match="state.pt.tmp"):
+        train_glue.save_state(str(tmp_path / "state.pt"), model, optimizer, cosine_schedule(optimizer, 5), {})
+    assert (tmp_path / "state.pt").read_bytes() == b"the last state"
+
+
 def test_a_full_disk_leaves_the_last_state(glue_folder, monkeypatch, capsys):
     run, save, calls = [*RUN, "--method", "lora", "--seeds", "0", "--save-every", "1"], torch.save, []
 
@@ -543,7 +554,7 @@ def test_a_full_disk_leaves_the_last_state(glue_folder, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and "No space left" in error
     main([*run, "--resume", "out"])
-    assert [path.count("state.pt") for path in calls] == [1] * 4 + [1] * 3 + [0]  # three of six steps were there
+    assert [path.count("state.pt") for path in calls] == [1] * 4 + [1] * 5 + [0]  # from step 3 of 6 on, and each epoch's end
     main([*run, "--out", "straight"])
     assert outcome(glue_folder / "out/lora-seed0") == outcome(glue_folder / "straight/lora-seed0")
 
@@ -582,6 +593,37 @@ def test_checkpointing_changes_memory_alone(glue_folder, method):
     main([*run, "--out", "twice", "--checkpointing"])
     a, b = (outcome(glue_folder / out / f"{method}-seed0") for out in ("plain", "twice"))
     assert a[0] == b[0] and a[2] == b[2]
+
+
+@pytest.mark.parametrize("method, passes", [("lora", 1), ("lora-sam", 2), ("bi-lora", 1)])
+def test_checkpointing_gives_every_pass_the_same_gradients(method, passes, monkeypatch):
+    """Each block runs twice a pass, and the gradient of every B and A is what it is without, in both of LoRA-SAM's passes."""
+    found = {}
+    for checkpointing in (False, True):
+        model, gradients, blocks = bert(), [], []
+        layers = add_lora(model, 2, 4, 2 if method == "bi-lora" else 0)
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        model.config.checkpointing = checkpointing
+        for block in model.encoder.blocks:
+            block.register_forward_pre_hook(lambda *args: blocks.append(1))
+        adapters = [p for p in model.parameters() if p.requires_grad]
+
+        def recorded(*args):
+            loss = forward_backward(*args)
+            gradients.append([p.grad.clone() for p in adapters])
+            return loss
+
+        monkeypatch.setattr(train_glue, "forward_backward", recorded)
+        args = SimpleNamespace(device="cpu", bf16=False, micro_batch=3, rho=[0.5, 0.5])
+        rows = [([1, 5 + i, 6, 7], [0] * 4, i % 2) for i in range(6)]
+        torch.manual_seed(0)
+        train_glue.train_step(args, method, model.train(), layers, train_glue.bilora_optimizer(model, 1e-3), classifier("mrpc"), rows)
+        found[checkpointing] = gradients
+        assert len(gradients) == passes and len(blocks) == passes * 2 * len(model.encoder.blocks) * (2 if checkpointing else 1)
+    for plain, twice in zip(found[False], found[True]):
+        assert all(torch.equal(a, b) for a, b in zip(plain, twice)) and all(g.abs().max() > 0 for g in plain[:4])
 
 
 def test_limit_and_noise_are_drawn_by_the_seed(glue_folder):

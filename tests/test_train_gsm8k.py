@@ -36,7 +36,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
     ("no marker 12 but 13", None, "13"), ("####1,234,567", "1234567", "1234567"), ("#### 5 apples\n#### 6", "5", "6"),
     ("#### 3.5", "3.5", "3.5"), ("a lone $ and #### $", None, None), ("-$5", None, "-5"), ("#### \n 4", "4", "4"),
     ("#### -$5", "-5", "-5"), ("#### $-5", "-5", "-5"), ("#### $1,000,000", "1000000", "1000000"), ("####72####", "72", "72"),
-    ("#### \uff15", None, None), ("#### " + "9" * 60, "9" * 60, "9" * 60), ("16 - 3 = <<16-3=13>>13\n#### 13\n", "13", "13"), ("x=-7, y = 2-7", None, "7"), ("#### 0", "0", "0"),
+    ("#### 1/2", None, "2"), ("#### .5", ".5", ".5"), ("(3,4)", None, "4"), ("x = \u22125", None, "-5"), ("20 -3", None, "3"),
+    ("#### **5**", "5", "5"), ("#### 12,345.50", "12345.50", "12345.50"), ("#### \uff15", None, None), ("#### " + "9" * 60, "9" * 60, "9" * 60), ("16 - 3 = <<16-3=13>>13\n#### 13\n", "13", "13"), ("x=-7, y = 2-7", None, "7"), ("#### 0", "0", "0"),
 ])
 def test_extracted_answers(text, strict, flexible):
     assert extract_answer(text) == strict and extract_answer(text, strict=False) == flexible
@@ -80,23 +81,24 @@ def merging_tokenizer():
 @pytest.mark.parametrize("answer", ["5 + 5 = 10\n#### 10", " 5", "\n5"])
 def test_the_prompt_is_a_prefix_of_prompt_and_answer(answer):
     tokenizer = merging_tokenizer()
-    prompt, ids = encode(tokenizer, [("a b", answer)], [1, 7])[0]
+    prompt, ids, gold = encode(tokenizer, [("a b", answer)], [1, 7])[0]
+    assert gold == extract_answer(answer)
     assert prompt == tokenizer.encode("Q: a b\nA: ").ids and prompt[0] == 0
     assert ids[-1] == 1 and 0 not in ids and tokenizer.decode(prompt + ids[:-1]) == "Q: a b\nA: " + answer
     if answer[0] == "5":  # this tokenizer would have merged across the boundary
         assert tokenizer.encode("Q: a b\nA: " + answer).ids[:len(prompt)] != prompt
-    assert encode(tokenizer, [("a b", answer)], None)[0] == (prompt, ids[:-1])
+    assert encode(tokenizer, [("a b", answer)], None)[0] == (prompt, ids[:-1], gold)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)])
-    assert encode(tokenizer, [("a b", answer)], [1, 7])[0] == (prompt, ids)  # a prompt does not end the text
+    assert encode(tokenizer, [("a b", answer)], [1, 7])[0] == (prompt, ids, gold)  # a prompt does not end the text
 
 
 def test_the_loss_is_the_answers_alone_and_the_end_has_one():
     model = Transformer.from_pretrained(os.path.join(HERE, "golden", "llama3"), dtype=torch.float64)
-    rows = [([7, 8, 9], [10, 5]), ([11], [12, 13, 14, 5])]  # 5: the end
+    rows = [([7, 8, 9], [10, 5], None), ([11], [12, 13, 14, 5], None)]  # 5: the end
     experiment = train_gsm8k.Experiment(None, None, None, 0, [])
     args = train_glue.argparse.Namespace(device="cpu", bf16=False, micro_batch=None)
     expected = 0.0
-    for prompt, answer in rows:
+    for prompt, answer, _ in rows:
         log_p = torch.log_softmax(model(torch.tensor([prompt + answer]))[0], -1)
         expected = expected - sum(log_p[len(prompt) - 1 + i, token] for i, token in enumerate(answer)) / 6
     assert forward_backward(model, experiment, rows, args).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -166,7 +168,7 @@ def test_metamath_rows(tmp_path):
     with pytest.raises(ValueError, match="row 1: expected an object with the texts query and response"):
         read_metamath(path)
     path.write_text(json.dumps(rows[:0] + [{**rows[0], "type": "MATH"}]))
-    with pytest.raises(ValueError, match="no row whose type has GSM"):
+    with pytest.raises(ValueError, match="no row whose type has GSM in it"):
         read_metamath(path)
 
 
@@ -226,7 +228,7 @@ def test_the_tokenizer_gives_the_text_back():
     for kinds in (PRETRAINING, TRANSFER):
         for _ in range(300):
             question, answer = problem(rng, kinds)
-            (prompt, ids), = encode(tokenizer, [(question, answer)], train_gsm8k.EOS)
+            (prompt, ids, _), = encode(tokenizer, [(question, answer)], train_gsm8k.EOS)
             assert tokenizer.decode(prompt) == f"Q: {question}\nA: " and tokenizer.decode(ids) == answer
             tokens = tokenizer.encode(answer, add_special_tokens=False).tokens
             assert all(len(token.strip()) == 1 for token in tokens if any(c.isdigit() for c in token))  # a digit a token
@@ -274,6 +276,7 @@ def test_runs_of_all_methods(folders, capsys):
         for row in rows:
             assert row["strict"] == extract_answer(row["generated"]) and row["right"] == (row["strict"] == row["gold"])
         assert run["metrics"]["accuracy"] == sum(row["right"] for row in rows) / 11
+        assert run["metrics"]["flexible"] == sum(extract_answer(row["generated"], strict=False) == row["gold"] for row in rows) / 11
         assert run["metrics"]["no_marker"] == sum(row["strict"] is None for row in rows) / 11
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert len(log) == 6 and all(math.isfinite(row["loss"]) for row in log)
@@ -333,18 +336,29 @@ def test_resume(folders, monkeypatch, method):
 
 
 @pytest.mark.parametrize("change, message", [
+    ("no eos", "config.json: no eos_token_id"), (["--max-new-tokens", "57"], "the longest prompt and --max-new-tokens: 65 tokens"),
     (["--model", "t5"], "t5: a model of the family t5 has an encoder"), (["--data", "nowhere"], "nowhere/train.jsonl"),
     (["--max-length", "3"], "--max-length is 3; every row is longer"), (["--max-new-tokens", "70"], "the longest prompt and --max-new-tokens"),
     (["--task", "embedded"], "--data is for a real model"), (["--rank", "13"], "rank is 13"), (["--eval-limit", "0"], "--eval-limit: '0'"),
     (["--model", "nowhere/at/all"], "no such folder"), (["--method", "sam"], "invalid choice"),
 ])
 def test_wrong_input_is_one_line_and_exit_code_2(folders, capsys, change, message):
+    if change == "no eos":
+        config = json.loads((folders / "llama" / "config.json").read_text())
+        (folders / "llama" / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
     before = sorted(folders.rglob("*"))
     with pytest.raises(SystemExit) as caught:
-        main([*RUN, *change])
+        main([*RUN, *(change if isinstance(change, list) else [])])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and message in error
     assert sorted(folders.rglob("*")) == before
+
+
+def test_the_defaults_are_the_papers():
+    _, args = train_gsm8k.parse_arguments(["--task", "metamath", "--model", "m"])
+    assert (args.lr, args.batch_size, args.micro_batch, args.epochs, args.max_length, args.max_new_tokens) == (5e-4, 32, 4, 2, 1024, 512)
+    assert (args.rank, args.alpha, args.aux_rank, args.rho, args.dropout, args.bf16) == (8, 16, 8, [0.01, 0.05], 0.0, True)
+    assert train_gsm8k.METAMATH_ROWS == 100_000 and args.aux_lr is None and args.eval_limit is None
 
 
 def test_a_model_has_to_be_named(capsys):
