@@ -623,7 +623,7 @@ def test_checkpointing_gives_every_pass_the_same_gradients(method, passes, monke
         found[checkpointing] = gradients
         assert len(gradients) == passes and len(blocks) == passes * 2 * len(model.encoder.blocks) * (2 if checkpointing else 1)
     for plain, twice in zip(found[False], found[True]):
-        assert all(torch.equal(a, b) for a, b in zip(plain, twice)) and all(g.abs().max() > 0 for g in plain[:4])
+        assert all(torch.equal(a, b) for a, b in zip(plain, twice)) and sum(g.any().item() for g in plain) > len(plain) / 2
 
 
 def test_limit_and_noise_are_drawn_by_the_seed(glue_folder):
