@@ -60,7 +60,7 @@ def test_the_adapter_of_a_run_predicts(tmp_path, monkeypatch, capsys):
           "--max-length", "12", "--merge", "--lr", "0.1", "--epochs", "2", "--device", "cpu"])
     capsys.readouterr()
     example = BLOCKS[4].replace("sentence-transformers/all-MiniLM-L6-v2", name).replace("rank=8", "rank=2")
-    scope = {"torch": torch}
+    scope = {}
     exec(example, scope)
     merged = Transformer.from_pretrained("runs/mrpc/bi-lora-seed0/merged", num_labels=2)
     ids = torch.tensor([scope["row"].ids])
