@@ -843,3 +843,12 @@ def test_the_module_prints_nothing_and_imports_only_torch():
     imports = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import", "from"))}
     assert imports - {"torch"} <= set(sys.stdlib_module_names)
     assert not re.search(r"\bprint\(", source)
+
+
+def test_bilora_step_in_eval_mode_is_refused():
+    """The auxiliary pair would not be seen: the step would be LoRA's."""
+    net = adapted(aux_rank=2).eval()
+    before, optimizer = snapshot(net), bilora_optimizer(net, 0.1)
+    with pytest.raises(ValueError, match="in training mode: call model.train\(\)"):
+        bilora_step(optimizer, lambda: net(torch.ones(1, 6, dtype=torch.float64)).sum(), lora_layers(net), 0.3)
+    assert_same_bits(net, before)

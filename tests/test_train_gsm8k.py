@@ -391,3 +391,15 @@ def test_embedded_problems_are_new_and_of_other_kinds(tmp_path, monkeypatch):
     train, test = (train_gsm8k.embedded_rows(0, split, 500) for split in ("train", "test"))
     assert train == train_gsm8k.embedded_rows(0, "train", 500) != train_gsm8k.embedded_rows(1, "train", 500)
     assert len(set(test) & set(train)) == 0
+
+
+def test_scores_of_four_answers(monkeypatch):
+    """Right after the mark, right without one, wrong after it but right in the end, and nothing at all."""
+    texts = ["x\n#### 5", "so it is 5", "#### 6 or 5", "none"]
+    monkeypatch.setattr(train_gsm8k, "generate", lambda model, experiment, prompts, args: texts)
+    experiment = train_gsm8k.Experiment(None, None, embedded_tokenizer(), 0, [])
+    metrics, record, files = experiment.evaluate(None, {"test": [([1], [2], "5")] * 4}, None)
+    assert metrics == {"accuracy": 0.25, "flexible": 0.75, "no_marker": 0.5} and len(record["samples"]) == 3
+    rows = [json.loads(line) for line in files["predictions.jsonl"].splitlines()]
+    assert [(row["strict"], row["flexible"], row["right"], row["flexibly_right"]) for row in rows] == [
+        ("5", "5", True, True), (None, "5", False, True), ("6", "5", False, True), (None, None, False, False)]
