@@ -849,6 +849,6 @@ def test_bilora_step_in_eval_mode_is_refused():
     """The auxiliary pair would not be seen: the step would be LoRA's."""
     net = adapted(aux_rank=2).eval()
     before, optimizer = snapshot(net), bilora_optimizer(net, 0.1)
-    with pytest.raises(ValueError, match="in training mode: call model.train\(\)"):
+    with pytest.raises(ValueError, match="in training mode: call model.train"):
         bilora_step(optimizer, lambda: net(torch.ones(1, 6, dtype=torch.float64)).sum(), lora_layers(net), 0.3)
     assert_same_bits(net, before)
