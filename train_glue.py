@@ -247,7 +247,7 @@ def downloaded_glue(name, files):
             split_mrpc(*paths, whole)
         else:
             unpack(*paths, files, whole)
-        with contextlib.suppress(OSError) if os.path.isdir(folder) else contextlib.nullcontext():  # another process was first
+        if not os.path.isdir(folder):  # another process may have been first
             os.rename(whole, folder)
     return folder
 
@@ -1143,7 +1143,7 @@ def add_shared_arguments(parser):
                        help="autocast to bfloat16; GSM8K's base is kept in it as well (default: by task)")
     group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                        help="keep each block's input alone and compute the block again for its gradient: less memory, more time")
-    group.add_argument("--save-every", type=number(int, 1), help="steps from one saved state to the next (default: no state)")
+    group.add_argument("--save-every", type=number(int, 1), help="steps from one saved state to the next; each epoch's end has one too (default: no state)")
     group.add_argument("--resume", metavar="DIR", help="go on with the same command in its --out: finished runs are taken, an "
                                                        "interrupted one goes on from its last saved state")
     group.add_argument("--merge", action=argparse.BooleanOptionalAction, default=False,

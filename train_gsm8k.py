@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from model import Config, Transformer, as_list, load_tokenizer, local_folder, read_config
 from train_glue import (Parser, add_shared_arguments, answer_losses, argparse, batch_order, cache_folder, compare, decode, download,
-                        file_stamps, fill_in, number, pad_rows, precision, pretrained, require_ranks_that_fit)
+                        file_stamps, fill_in, number, precision, pretrained, require_ranks_that_fit)
 
 # ---------------------------------------------------------------------------------------------- answers
 
