@@ -665,7 +665,7 @@ def train(args, method, seed, experiment, folder):
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
     schedule, rng = cosine_schedule(optimizer, steps), random.Random(seed)
     run = {"log": [], "epochs": [], "order": rng.getstate(), "done": 0}  # done: batches of the epoch that begins with `order`
-    state = os.path.join(folder, "state.pt")
+    state, moments = os.path.join(folder, "state.pt"), snapshot_steps(args.snapshots, steps)
     if args.resume and os.path.exists(state):
         run = load_state(state, model, optimizer, schedule)
     reset_peak_memory(args.device)
@@ -674,6 +674,7 @@ def train(args, method, seed, experiment, folder):
         rng.setstate(run["order"])
         model.train()
         for batch in batch_order(examples, args.batch_size, rng)[run["done"]:]:
+            save_snapshot(folder, model, len(run["log"]), moments)
             lr = schedule.get_last_lr()[0]
             row = train_step(args, method, model, layers, optimizer, experiment, [examples[i] for i in batch])
             schedule.step()
@@ -690,6 +691,7 @@ def train(args, method, seed, experiment, folder):
         loss = statistics.fmean(row["loss"] for row in run["log"] if row["epoch"] == epoch)
         run["epochs"].append({"epoch": epoch, "loss": loss, **metrics, **record})
         run |= {"order": rng.getstate(), "done": 0}
+    save_snapshot(folder, model, len(run["log"]), moments)
     bar.close()
     return write_run(args, method, seed, experiment, model, run, files, folder)
 
@@ -716,16 +718,37 @@ def train_step(args, method, model, layers, optimizer, experiment, examples):
     return {"loss": loss, "perturbation": norm, "clipped": method == "bi-lora" and norm >= rho * (1 - 1e-5), "seconds": seconds}
 
 
+def trained_tensors(model):
+    """{name: tensor} of all that is trained, the auxiliary pairs too; writing into one writes into the model."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def save_state(path, model, optimizer, schedule, run):
-    """All that the rest of a run depends on, under a temporary name until it is whole."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """All that the rest of a run depends on."""
     device = [torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    save_tensors(path, {"trained": trained_tensors(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                        "run": run, "random": [torch.get_rng_state(), *device]})
+
+
+def save_tensors(path, content):
+    """Under a temporary name until the file is whole."""
     try:
-        torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "run": run,
-                    "random": [torch.get_rng_state(), *device]}, path + ".tmp")
+        torch.save(content, path + ".tmp")
     except RuntimeError as error:  # torch's own of a full disk
         raise OSError(f"{path}.tmp: {str(error).splitlines()[0]}") from None
     os.replace(path + ".tmp", path)
+
+
+def snapshot_steps(count, steps):
+    """The steps after which a snapshot is taken: `count` of them, evenly from 0 to the last."""
+    return {round(i * steps / max(1, count - 1)) for i in range(count)}
+
+
+def save_snapshot(folder, model, step, moments):
+    if step in moments:
+        os.makedirs(os.path.join(folder, "snapshots"), exist_ok=True)
+        path = os.path.join(folder, "snapshots", f"step-{step:06d}.pt")
+        save_tensors(path, trained_tensors(model))
 
 
 def load_state(path, model, optimizer, schedule):
@@ -733,7 +756,7 @@ def load_state(path, model, optimizer, schedule):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.no_grad():
-            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            trained = trained_tensors(model)
             for name in trained.keys() | state["trained"].keys():
                 trained[name].copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
@@ -748,7 +771,7 @@ def load_state(path, model, optimizer, schedule):
 
 def run_config(args, method, seed, experiment):
     """What a run depends on: its settings and its files, but not the other runs nor where its own files go."""
-    others = {"method", "seeds", "rho", "out", "resume", "save_every", "eval_batch_size"}
+    others = {"method", "seeds", "rho", "out", "resume", "save_every", "snapshots", "eval_batch_size"}
     config = {"method": method, "seed": seed, "rho": radius(args, method), "files": experiment.files,
               **{name: value for name, value in vars(args).items() if name not in others}}
     return json.loads(json.dumps(config))  # as it is read back
@@ -998,7 +1021,8 @@ def forget(folder):
     for name in ("metrics.json", "state.pt"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
-    shutil.rmtree(os.path.join(folder, "merged"), ignore_errors=True)
+    for name in ("merged", "snapshots"):
+        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
 def mean_stderr(values):
@@ -1144,6 +1168,9 @@ def add_shared_arguments(parser):
     group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                        help="keep each block's input alone and compute the block again for its gradient: less memory, more time")
     group.add_argument("--save-every", type=number(int, 1), help="steps from one saved state to the next; each epoch's end has one too (default: no state)")
+    group.add_argument("--snapshots", type=number(int, 0), default=0,
+                       help="how often to keep all that is trained, at even distances from before the first step to after the "
+                            "last; notes/sharpness.py reads it (default: %(default)s)")
     group.add_argument("--resume", metavar="DIR", help="go on with the same command in its --out: finished runs are taken, an "
                                                        "interrupted one goes on from its last saved state")
     group.add_argument("--merge", action=argparse.BooleanOptionalAction, default=False,
