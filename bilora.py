@@ -256,6 +256,34 @@ def bilora_step(optimizer, closure, layers, rho):
     return loss.detach()
 
 
+def bilora_power_step(optimizer, closure, layers, rho, momentum=0.0):
+    """One step of Bi-LoRA with another ascent: Eq. (8) is the paper's, in place of Eq. (9, 10) stands
+    a step of block power iteration, which is NOT the paper's rule.  One pass.
+
+    At a fixed G its perturbation converges to rho G_r / ||G_r||, G_r the best approximation of G of
+    rank r2: the maximizer of <G, eps> in the ball.  Ascent and clip end at rank 1 instead.
+
+    layers: the adapted layers, in training mode.  The optimizer may hold their auxiliary pairs, but
+    does not step them and keeps no state for them.  rho: c after the step.  momentum: share, from 0
+    to under 1, of the old perturbation in the new one.
+    Returns the loss, 0-dim.  Raises ValueError for rho < 0, another momentum, a layer in eval mode
+    and no auxiliary pairs, FloatingPointError for a NaN or infinite loss or gradient, and has moved
+    nothing then.
+    """
+    _require_radius(rho)
+    layers = _perturbed_layers(layers)
+    _require_perturbable(layers, momentum)
+    auxiliary = [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
+    _start_pass(optimizer, auxiliary)
+    loss = closure()                                                # at W0 + s B1 A1 + s B2 A2
+    _require_finite("Bi-LoRA, power rule", optimizer, loss, auxiliary)
+    turn_perturbation_(layers, rho, momentum)                       # instead of (9) and (10)
+    for p in auxiliary:
+        p.grad = None                                               # the optimizer passes them by
+    optimizer.step()                                                # (8)
+    return loss.detach()
+
+
 def bilora_optimizer(model, lr, aux_lr=None, weight_decay=0.0, **adamw):
     """AdamW with two groups: trainable parameters descend with eta1 = lr, auxiliary ones ascend
     (maximize=True) with eta2 = aux_lr, by default lr.
@@ -305,6 +333,47 @@ def clip_perturbation_(layers, rho):
         layer.aux_B.mul_(factor.to(layer.aux_B.device))
         layer.aux_A.mul_(factor.to(layer.aux_A.device))
     return c
+
+
+@torch.no_grad()
+def turn_perturbation_(layers, rho, momentum=0.0):
+    """A2 <- orthonormal rows of B2^T G, and B2 <- rho G A2^T / (s ||.||) in these rows, ||.|| over all
+    layers together, so that c becomes rho.
+
+    With A2's rows orthonormal, G A2^T, which is dL/dB2 / s, is the best B2 for them; B2^T G, which
+    is dL/dA2 / s, turns them towards the leading right singular vectors of G.  Both are blended
+    with the old pair, momentum to 1 - momentum.  Reads the gradients of the pairs; in place, with
+    no value read on the host.  Where there is no gradient, the perturbation keeps its direction.
+    """
+    layers = _perturbed_layers(layers)
+    if not layers:
+        return
+    with torch.autocast(layers[0].aux_A.device.type, enabled=False):
+        products = _blend([layer.scale * layer.aux_B for layer in layers],
+                          [_gradient(layer.aux_B) / layer.scale for layer in layers], momentum)
+        for layer, X in zip(layers, products):                      # X = G A2^T, (m, r2)
+            (rows,) = _blend([layer.aux_A], [_gradient(layer.aux_A)], momentum)  # B2^T G, (r2, n)
+            A = torch.linalg.qr(rows.t()).Q.t()
+            layer.aux_B.copy_(X @ (layer.aux_A @ A.t()) / layer.scale)  # X in the new rows
+            layer.aux_A.copy_(A)
+        c = perturbation_norm(layers)
+        factor = torch.where(c > 0, rho / c, 0.0)
+        for layer in layers:
+            layer.aux_B.mul_(factor.to(layer.aux_B.device))
+
+
+def _blend(old, new, momentum):
+    """momentum old / ||old|| + (1 - momentum) new / ||new||, the norms over a whole list; old alone
+    where new is zero."""
+    norms = [get_total_norm(tensors) for tensors in (old, new)]
+    smallest, moved = torch.finfo(norms[0].dtype).tiny, norms[1] > 0
+    a, b = (1 / norm.clamp(min=smallest) for norm in norms)
+    a, b = torch.where(moved, momentum * a, a), torch.where(moved, (1 - momentum) * b, 0.0)
+    return [a.to(x.device) * x + b.to(x.device) * y for x, y in zip(old, new)]
+
+
+def _gradient(p):
+    return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 # ------------------------------------------------------------------------------ what the steps need
@@ -364,6 +433,15 @@ def _require_finite(method, optimizer, loss, params=()):
 def _require_radius(rho):
     if not rho >= 0:
         raise ValueError(f"rho is {rho}; expected a radius of 0 or more")
+
+
+def _require_perturbable(layers, momentum):
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum is {momentum}; expected 0 or more, and less than 1")
+    if not layers:
+        raise ValueError("no layer has an auxiliary pair; add_lora gives them one with aux_rank")
+    if not all(layer.training for layer in layers):
+        raise ValueError("bilora_power_step expects the layers in training mode: call model.train()")
 
 
 def _require_ascent(optimizer, layers):

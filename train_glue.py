@@ -40,11 +40,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from bilora import (add_lora, auxiliary_parameters, bilora_optimizer, bilora_step, lora_sam_step, lora_step,
-                    merge_lora_, perturbation_norm, primary_parameters, save_adapter)
+from bilora import (add_lora, auxiliary_parameters, bilora_optimizer, bilora_power_step, bilora_step, lora_sam_step,
+                    lora_step, merge_lora_, perturbation_norm, primary_parameters, save_adapter)
 from model import Config, Transformer, as_list, load_tokenizer, local_folder, read_config, save_pretrained
 
-METHODS = ("lora", "lora-sam", "bi-lora")
+METHODS = ("lora", "lora-sam", "bi-lora", "bi-lora-power")  # the last one is not the paper's
 
 
 # ---------------------------------------------------------------------------------------------- tasks
@@ -638,7 +638,7 @@ def prepare(args, method, seed, build):
     torch.manual_seed(seed)  # first: head and adapters are drawn from it
     model = build().to(args.device)
     model.config.checkpointing = args.checkpointing
-    layers = add_lora(model, args.rank, args.alpha, args.aux_rank if method == "bi-lora" else 0)
+    layers = add_lora(model, args.rank, args.alpha, args.aux_rank if method in ("bi-lora", "bi-lora-power") else 0)
     if model.classifier is not None:
         model.classifier.requires_grad_(True)
     for module in model.modules():
@@ -649,7 +649,7 @@ def prepare(args, method, seed, build):
 
 
 def radius(args, method):
-    return {"lora": 0.0, "lora-sam": args.rho[0], "bi-lora": args.rho[-1]}[method]
+    return {"lora": 0.0, "lora-sam": args.rho[0], "bi-lora": args.rho[-1], "bi-lora-power": args.rho[-1]}[method]
 
 
 def parameter_counts(model):
@@ -712,6 +712,8 @@ def train_step(args, method, model, layers, optimizer, experiment, examples):
         loss = lora_sam_step(optimizer, closure, rho, primary)
     elif method == "bi-lora":
         loss = bilora_step(optimizer, closure, layers, rho)
+    elif method == "bi-lora-power":
+        loss = bilora_power_step(optimizer, closure, layers, rho, args.momentum)
     loss = loss.item()  # waits for the device
     seconds = time.perf_counter() - begin
     norm = (get_total_norm([a - b for a, b in zip(*passes)]) if passes else perturbation_norm(layers)).item()
@@ -969,7 +971,7 @@ def require_known_tokens(path, config, examples, answers, pad_id):
 
 
 def require_ranks_that_fit(args, build):
-    prepare(args, "bi-lora" if "bi-lora" in args.method else "lora", 0, build)
+    prepare(args, "bi-lora" if any(m.startswith("bi-lora") for m in args.method) else "lora", 0, build)
 
 
 # ---------------------------------------------------------------------------------------------- all runs together
@@ -1147,7 +1149,8 @@ def parse_arguments(argv):
 def add_shared_arguments(parser):
     """The groups "method" and "run", which are those of both scripts."""
     group = parser.add_argument_group("method")
-    group.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all three")
+    group.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS[:3]),
+                       help="bi-lora-power, which is not the paper's, perturbs by block power iteration (default: the first three)")
     group.add_argument("--rank", type=number(int, 1), default=8, help="r (default: %(default)s)")
     group.add_argument("--aux-rank", type=number(int, 1), default=8, help="r2, Bi-LoRA (default: %(default)s)")
     group.add_argument("--alpha", type=number(float, 1e-6), default=16, help="scale s = alpha / r (default: %(default)s)")
@@ -1155,6 +1158,7 @@ def add_shared_arguments(parser):
                        help="radius of both methods; two values: LoRA-SAM's and Bi-LoRA's (default: by task)")
     group.add_argument("--lr", type=number(float, 0), help="largest learning rate of the cosine schedule, eta1 (default: by task)")
     group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent (default: --lr)")
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of bi-lora-power's perturbation (default: %(default)s)")
     group.add_argument("--epochs", type=number(int, 1), help="passes over the training set (default: by task)")
     group.add_argument("--batch-size", type=number(int, 1), help="rows a step (default: by task)")
     group.add_argument("--micro-batch", type=number(int, 1), help="rows a forward pass (default: by task)")
