@@ -256,7 +256,7 @@ def bilora_step(optimizer, closure, layers, rho):
     return loss.detach()
 
 
-def bilora_power_step(optimizer, closure, layers, rho, momentum=0.0):
+def bilora_power_step(optimizer, closure, layers, rho, momentum=0.5):
     """One step of Bi-LoRA with another ascent: Eq. (8) is the paper's, in place of Eq. (9, 10) stands
     a step of block power iteration, which is NOT the paper's rule.  One pass.
 
@@ -336,7 +336,7 @@ def clip_perturbation_(layers, rho):
 
 
 @torch.no_grad()
-def turn_perturbation_(layers, rho, momentum=0.0):
+def turn_perturbation_(layers, rho, momentum=0.5):
     """A2 <- orthonormal rows of B2^T G, and B2 <- rho G A2^T / (s ||.||) in these rows, ||.|| over all
     layers together, so that c becomes rho.
 

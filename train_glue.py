@@ -1158,7 +1158,7 @@ def add_shared_arguments(parser):
                        help="radius of both methods; two values: LoRA-SAM's and Bi-LoRA's (default: by task)")
     group.add_argument("--lr", type=number(float, 0), help="largest learning rate of the cosine schedule, eta1 (default: by task)")
     group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent (default: --lr)")
-    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of bi-lora-power's perturbation (default: %(default)s)")
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.5, help="of bi-lora-power's perturbation (default: %(default)s)")
     group.add_argument("--epochs", type=number(int, 1), help="passes over the training set (default: by task)")
     group.add_argument("--batch-size", type=number(int, 1), help="rows a step (default: by task)")
     group.add_argument("--micro-batch", type=number(int, 1), help="rows a forward pass (default: by task)")
