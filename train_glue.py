@@ -898,6 +898,11 @@ def file_stamps(*paths):
     return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
 
 
+def load(args):
+    """The experiment that the arguments describe.  ValueError or OSError for files that do not fit."""
+    return (load_embedded if args.task == "embedded" else load_glue)(args, TASKS[args.task])
+
+
 def load_embedded(args, task):
     tokenizer = embedded_tokenizer()
 
@@ -1214,7 +1219,7 @@ def fill_in(parser, args, defaults):
 def main(argv=None):
     parser, args = parse_arguments(argv)
     try:
-        experiment = (load_embedded if args.task == "embedded" else load_glue)(args, TASKS[args.task])
+        experiment = load(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return compare(parser, args, experiment)

@@ -409,6 +409,11 @@ def generate(model, experiment, prompts, args):
     return texts
 
 
+def load(args):
+    """The experiment that the arguments describe.  ValueError or OSError for files that do not fit."""
+    return load_embedded(args) if args.task == "embedded" else load_decoder(args)
+
+
 def load_embedded(args):
     tokenizer = embedded_tokenizer()
     require_ranks_that_fit(args, partial(Transformer, EMBEDDED_CONFIG))  # before minutes of pretraining
@@ -516,7 +521,7 @@ def check_arguments(parser, args):
 def main(argv=None):
     parser, args = parse_arguments(argv)
     try:
-        experiment = load_embedded(args) if args.task == "embedded" else load_decoder(args)
+        experiment = load(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     report = compare(parser, args, experiment)

@@ -1,0 +1,684 @@
+"""How flat are the solutions, and how adversarial are the perturbations?  Measures runs of either script, and draws them.
+
+    python train_glue.py --snapshots 21 --method lora lora-sam bi-lora bi-lora-power --seeds 0 1 2 3 4 5 6 7 8 9
+    python notes/sharpness.py runs/embedded --out notes/figures
+
+RUN is the --out of a command, or one run folder in it; several are taken together where their task is the same.  Parts:
+  a  loss along random filter-normalised directions, in LoRA space and in full space; a contour plot of the first seed
+  b  loss and scores at w + alpha g / ||g||, Eq. (A22), in both spaces
+  c  worst loss within a radius, and the Hessian's largest eigenvalue, in both spaces
+  d  norms of the three terms of LoRA-SAM's perturbation; cosine of each pair with its last value, and of the two pairs
+  e  how adversarial each method's perturbation is, beside SAM's in full space, Eq. (A2), and a random one
+  f  the ascent by itself: trains again, with several rules for the auxiliary pair, and watches each step
+d and e need runs with --snapshots.  Training rows, directions and batches are drawn from --seed: they are the same for
+every method of a seed.  All is computed in float32.  Each run folder keeps what was measured in it (sharpness.json), and
+a second command measures only what is not there; --out gets one JSON file and the pictures of each task.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import train_glue  # noqa: E402
+import train_gsm8k  # noqa: E402
+from bilora import (add_lora, auxiliary_parameters, bilora_power_step, bilora_step, clip_perturbation_,  # noqa: E402
+                    load_adapter, lora_layers, lora_step, primary_parameters)
+from measures import (best_rank_energy, contour, cosine, effective_rank, filter_normalised, gradient, inner,  # noqa: E402
+                      landscape, lora_sam_terms, loss_of, low_rank_cosine, moved, norm, reachable_energy, scaled,
+                      top_eigenvalue, with_gradients, worst_case)
+from train_glue import METHODS, batch_order, cosine_schedule, forward_backward, mean_stderr, number, read_json, write_text  # noqa: E402
+
+SETTINGS = {  # what the result of each part depends on, beside the run
+    "a": ("rows", "seed", "directions", "points", "span"), "contour": ("rows", "seed", "grid", "span"),
+    "b": ("rows", "seed", "alphas", "eval_rows"), "c": ("rows", "seed", "radii", "steps", "iterations"),
+    "d": ("seed",), "e": ("rows", "seed", "moments", "batches"), "f": ("rows", "seed", "ascent_epochs")}
+SPACES = ("LoRA", "full")
+COLOURS = {"lora": "C0", "lora-sam": "C1", "bi-lora": "C2", "bi-lora-power": "C3"}
+LAGS = (1, 2, 4, 8, 16, 32)
+
+
+# ------------------------------------------------------------------------------ a run
+
+
+@dataclass
+class Run:
+    """A finished run of a script, with the model as it was trained."""
+    folder: str
+    options: object      # of this program
+    config: dict
+    args: object         # of the script
+    experiment: object
+
+    @property
+    def method(self):
+        return self.config["method"]
+
+    @property
+    def seed(self):
+        return self.config["seed"]
+
+    @property
+    def task(self):
+        """Both scripts have an embedded task."""
+        return "gsm8k-" * ("max_new_tokens" in self.config and self.config["task"] == "embedded") + self.config["task"]
+
+    @cached_property
+    def data(self):
+        return self.experiment.data(self.seed)
+
+    @cached_property
+    def model(self):
+        """In eval mode: W = W0 + s B1 A1."""
+        model, self.layers, _ = train_glue.prepare(self.args, self.method, self.seed, self.experiment.build)
+        load_adapter(model, self.folder, model.module_names)
+        return model.eval()
+
+    def drop(self):
+        self.__dict__.pop("model", None)
+
+    def losses(self, examples, size=32):
+        """The mean loss over the examples, in shares."""
+        examples = sorted(examples, key=lambda row: len(row[0]))  # less padding
+        count, device = self.experiment.count(examples), torch.device(self.args.device)
+        return [lambda part=examples[i:i + size]: self.experiment.loss(self.model, part, device) / count
+                for i in range(0, len(examples), size)]
+
+    @cached_property
+    def sample(self):
+        """Training rows on which the loss is measured."""
+        examples, _ = self.data
+        return random.Random(self.options.seed).sample(examples, min(self.options.rows, len(examples)))
+
+    @cached_property
+    def batches(self):
+        """Training batches, as large as the run's."""
+        examples, _ = self.data
+        order = batch_order(examples, self.args.batch_size, random.Random(self.options.seed + 1))
+        return [[examples[i] for i in batch] for batch in order[:self.options.batches]]
+
+    def space(self, name):
+        """(the tensors that are moved, the weights whose rows say how far)."""
+        model = self.model
+        if name == "LoRA":
+            return primary_parameters(model), primary_parameters(model)
+        weights = [layer.weight for layer in self.layers]
+        return weights, [layer.weight + layer.delta().detach() for layer in self.layers]
+
+    def generator(self):
+        return torch.Generator().manual_seed(self.options.seed)
+
+    def snapshots(self):
+        """[(step, path)]."""
+        folder = os.path.join(self.folder, "snapshots")
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        found = [(int(match[1]), os.path.join(folder, name)) for name in names if (match := re.fullmatch(r"step-(\d+)\.pt", name))]
+        if not found:
+            raise ValueError(f"{folder}: no snapshots; expected a run with --snapshots, which parts d and e need")
+        return found
+
+    def put(self, path):
+        """Give the model the weights of a snapshot."""
+        saved, own = torch.load(path, map_location="cpu", weights_only=True), train_glue.trained_tensors(self.model)
+        if saved.keys() != own.keys():
+            raise ValueError(f"{path}: holds other tensors than the run's model; expected a snapshot of this run")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+
+    def auxiliary(self):
+        """[(B2, A2)], or [] where the method has none."""
+        return [(layer.aux_B.detach(), layer.aux_A.detach()) for layer in self.layers if layer.aux_A is not None]
+
+    def primary(self):
+        return [(layer.lora_B.detach(), layer.lora_A.detach()) for layer in self.layers]
+
+
+def run_folders(path):
+    """The run folders in the --out of a command; a run folder is its own."""
+    names = [path, *(os.path.join(path, name) for name in sorted(os.listdir(path)))]
+    found = [name for name in names if all(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_model.bin"))
+             and os.path.isfile(os.path.join(name, "metrics.json"))]
+    if not found:
+        raise ValueError(f"{path}: no finished run; expected the --out of train_glue.py or train_gsm8k.py, or a folder in it")
+    return found
+
+
+def load_runs(options):
+    runs, experiments = [], {}
+    for folder in [folder for path in options.run for folder in run_folders(path)]:
+        config = read_json(os.path.join(folder, "config.json"))
+        missing = [key for key in ("method", "seed", "rho", "task", "files") if key not in config]
+        if missing:
+            raise ValueError(f"{os.path.join(folder, 'config.json')}: no {missing[0]!r}; expected a run's settings")
+        args = argparse.Namespace(**{**config, "rho": [config["rho"]], "method": [config["method"]], "device": options.device,
+                                     "bf16": False, "micro_batch": None, "eval_batch_size": 250})
+        script = train_gsm8k if "max_new_tokens" in config else train_glue
+        key = json.dumps({name: value for name, value in config.items() if name not in ("method", "seed", "rho")})
+        if key not in experiments:
+            base = argparse.Namespace(**{**vars(args), "bf16": config["bf16"] if config["task"] == "embedded" else False})
+            experiments[key] = script.load(base)
+            for (path, size, *_), (now_path, now, *_) in zip(config["files"], experiments[key].files):
+                if size != now:
+                    raise ValueError(f"{now_path}: has {now} bytes; the run read {path} with {size}")
+        runs.append(Run(folder, options, config, args, experiments[key]))
+    return runs
+
+
+# ------------------------------------------------------------------------------ the parts, for one run
+
+
+def measure_a(run, options):
+    """{space: {"alphas", "losses": a list a direction}}."""
+    losses, result = run.losses(run.sample), {}
+    for space, span in zip(SPACES, options.span):
+        params, weights = run.space(space)
+        generator, alphas = run.generator(), np.linspace(-span, span, options.points).tolist()
+        result[space] = {"alphas": alphas, "losses": [
+            landscape(losses, params, filter_normalised(weights, generator), alphas) for _ in range(options.directions)]}
+    return result
+
+
+def measure_contour(run, options):
+    losses, result = run.losses(run.sample), {}
+    for space, span in zip(SPACES, options.span):
+        params, weights = run.space(space)
+        generator, alphas = run.generator(), np.linspace(-span, span, options.grid).tolist()
+        one, two = (filter_normalised(weights, generator) for _ in range(2))
+        result[space] = {"alphas": alphas, "losses": contour(losses, params, one, two, alphas)}
+    return result
+
+
+def measure_b(run, options):
+    """{space: {"alphas", "loss", and each metric: a list}}: Eq. (A22), g the gradient over the sample."""
+    losses, (_, sets), result = run.losses(run.sample), run.data, {}
+    sets = {name: random.Random(options.seed).sample(rows, min(options.eval_rows, len(rows))) for name, rows in sets.items()}
+    for space in SPACES:
+        params, _ = run.space(space)
+        direction, rows = scaled(gradient(losses, params)[1], 1.0), []
+        for alpha in options.alphas:
+            with moved(params, direction, alpha):
+                metrics, *_ = run.experiment.evaluate(run.model, sets, run.args)
+                rows.append({"loss": loss_of(losses), **metrics})
+        result[space] = {"alphas": options.alphas, **{key: [row[key] for row in rows] for key in rows[0]}}
+    return result
+
+
+def measure_c(run, options):
+    """{space: {"radii", "increase", "eigenvalue", "residual"}}."""
+    losses, result = run.losses(run.sample), {}
+    for space in SPACES:
+        params, _ = run.space(space)
+        eigenvalue, residual = top_eigenvalue(losses, params, options.iterations, run.generator())
+        result[space] = {"radii": options.radii, "eigenvalue": eigenvalue, "residual": residual,
+                         "increase": [worst_case(losses, params, rho, options.steps) for rho in options.radii]}
+    return result
+
+
+def measure_d(run, options):
+    """Lists over the snapshots: LoRA-SAM's three norms and their ratio; the cosines of B, A and the products."""
+    rows, snapshots = [], run.snapshots()
+    run.put(snapshots[-1][1])
+    at_end = [[tensor.clone() for tensor in pair] for pair in run.primary()]
+    aux_at_end = [[tensor.clone() for tensor in pair] for pair in run.auxiliary()]
+    for step, path in snapshots:
+        run.put(path)
+        row = {"step": step, "primary": low_rank_cosine(run.primary(), at_end),
+               "B": cosine([B for B, _ in run.primary()], [B for B, _ in at_end]),
+               "A": cosine([A for _, A in run.primary()], [A for _, A in at_end])}
+        if aux_at_end:
+            row["auxiliary"] = low_rank_cosine(run.auxiliary(), aux_at_end)
+            row["between"] = low_rank_cosine(run.primary(), run.auxiliary())
+        if run.method == "lora-sam":
+            _, g = gradient(run.losses(run.batches[0]), primary_parameters(run.model))
+            terms = lora_sam_terms(run.layers, g, run.args.rho[0])
+            row |= {name: norm(term) for name, term in zip(("B_epsA", "epsB_A", "epsB_epsA"), terms)}
+            first = norm([x + y for x, y in zip(*terms[:2])])
+            row["ratio"] = first / row["epsB_epsA"] if row["epsB_epsA"] else None  # at B = 0 there is no third term
+        rows.append(row)
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def perturbation(run, losses):
+    """The method's own perturbation of the weights, or None: LoRA-SAM's for this batch, Bi-LoRA's as it stands."""
+    if run.method == "lora-sam":
+        terms = lora_sam_terms(run.layers, gradient(losses, primary_parameters(run.model))[1], run.args.rho[0])
+        return [sum(parts) for parts in zip(*terms)]
+    return [layer.aux_delta().detach() for layer in run.layers] if run.auxiliary() else None
+
+
+def measure_e(run, options):
+    """At some snapshots, lists over them.  For the method's perturbation and a random one as long ("random_..."):
+    cosine_batch with G of a batch and gain_batch, its loss increase over that of SAM's perturbation of the same length; the
+    same over the sample; reach, the share of ||G||^2 in the subspace that the method can reach, and best_rank, that of the
+    best approximation of its rank.  A mean over the batches.  None where the perturbation is zero."""
+    rows, snapshots = [], run.snapshots()[1:]
+    for i in sorted({round(i) for i in np.linspace(0, len(snapshots) - 1, options.moments)}):
+        step, path = snapshots[i]
+        run.put(path)
+        weights, generator, parts = [layer.weight for layer in run.layers], run.generator(), []
+        whole = run.losses(run.sample)
+        start, G = gradient(whole, weights)
+        for number_, batch in enumerate(run.batches):
+            losses = run.losses(batch)
+            before, g = gradient(losses, weights)
+            eps = perturbation(run, losses)
+            if eps is None or norm(eps) == 0:
+                continue
+            noise = scaled([torch.randn(e.shape, generator=generator).to(e) for e in eps], norm(eps))
+            part = {"norm": norm(eps)}
+            for name, e in (("", eps), ("random_", noise)):
+                part[name + "cosine_batch"] = cosine(e, g)
+                part[name + "gain_batch"] = increase(losses, weights, e, before) / increase(
+                    losses, weights, scaled(g, norm(e)), before)
+                if number_ == 0:
+                    part[name + "cosine_sample"] = cosine(e, G)
+                    part[name + "gain_sample"] = increase(whole, weights, e, start) / increase(
+                        whole, weights, scaled(G, norm(e)), start)
+            if number_ == 0:
+                pairs = run.auxiliary() or run.primary()
+                part |= {"reach": reachable_energy(G, pairs), "best_rank": best_rank_energy(G, len(pairs[0][1]))}
+            parts.append(part)
+        if parts:
+            rows.append({"step": step, "gradient": norm(G), **{key: np.mean([p[key] for p in parts if key in p]).item() for key in parts[0]}})
+    return {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+
+
+def increase(losses, weights, eps, before):
+    with moved(weights, eps):
+        return loss_of(losses) - before
+
+
+# ------------------------------------------------------------------------------ f: the ascent
+
+
+def ascent_rules(lr):
+    """{name: (kind, eta2, does eta2 follow the cosine)}."""
+    return {"Adam, paper's eta2": ("adam", lr, True), "Adam, eta2 / 10": ("adam", lr / 10, True),
+            "Adam, eta2 / 100": ("adam", lr / 100, True), "Adam, eta2 constant": ("adam", lr, False),
+            "plain, eta2 = 1": ("plain", 1.0, True), "plain, eta2 = 10": ("plain", 10.0, True), "power rule": ("power", 0.0, True)}
+
+
+def measure_f(run, options):
+    """{rule: lists over the steps}: effective rank of s B2 A2, cosine with its own value a lag ago ("lag 1", ...), with its last
+    value ("final"), with G of the batch it perturbs, and now and then with G over the sample."""
+    args = argparse.Namespace(**{**vars(run.args), "epochs": options.ascent_epochs or run.args.epochs})
+    return {name: watch_ascent(run, args, *rule) for name, rule in ascent_rules(run.args.aux_lr or run.args.lr).items()}
+
+
+def watch_ascent(run, args, kind, eta2, falls):
+    examples, _ = run.data
+    args = argparse.Namespace(**{**vars(args), "aux_lr": eta2})
+    run.model, run.layers, optimizer = train_glue.prepare(args, "bi-lora", run.seed, run.experiment.build)
+    model, layers, rho = run.model.train(), run.layers, args.rho[0]
+    if kind == "plain":
+        del optimizer.param_groups[1]  # plain_ascent does it
+    weights = [layer.weight for layer in layers]
+    steps = args.epochs * math.ceil(len(examples) / args.batch_size)
+    schedule, rng, rows, history = cosine_schedule(optimizer, steps), random.Random(run.seed), [], []
+    bar = tqdm(total=steps, desc=f"f, {kind} {eta2:g}", leave=False, disable=None)
+    for _ in range(args.epochs):
+        for order in batch_order(examples, args.batch_size, rng):
+            batch, pairs = [examples[i] for i in order], [[tensor.clone() for tensor in pair] for pair in run.auxiliary()]
+            history.append(pairs)
+            eps = [layer.aux_delta().detach() for layer in layers]
+            row = {"rank": effective_rank(pairs), **{f"lag {lag}": low_rank_cosine(pairs, history[-1 - lag])
+                                                     for lag in LAGS if lag < len(history)}}
+            if len(rows) % max(1, steps // 20) == 0:
+                row["cosine_sample"] = cosine(eps, gradient(run.losses(run.sample), weights)[1])
+                model.train()
+            with with_gradients(weights):
+                def closure():
+                    return forward_backward(model, run.experiment, batch, args)
+
+                if not falls:
+                    optimizer.param_groups[-1]["lr"] = eta2
+                if kind == "adam":
+                    bilora_step(optimizer, closure, layers, rho)
+                elif kind == "plain":
+                    plain_ascent_step(optimizer, closure, layers, rho, eta2 * schedule.get_last_lr()[0] / args.lr)
+                elif kind == "power":
+                    bilora_power_step(optimizer, closure, layers, rho, args.momentum)
+                row["cosine_batch"] = cosine(eps, [w.grad for w in weights])
+                for w in weights:
+                    w.grad = None
+            schedule.step()
+            rows.append(row)
+            bar.update()
+    bar.close()
+    for row, pairs in zip(rows, history):
+        row["final"] = low_rank_cosine(pairs, history[-1])
+    run.drop()
+    return {key: [row.get(key) for row in rows] for key in ("rank", *(f"lag {lag}" for lag in LAGS), "final", "cosine_batch", "cosine_sample")}
+
+
+def plain_ascent_step(optimizer, closure, layers, rho, eta2):
+    """Bi-LoRA with plain gradient ascent, Eq. (9) as it is written, whatever the optimizer of the descent."""
+    auxiliary = [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
+    for p in auxiliary:
+        p.grad = None
+    lora_step(optimizer, closure)
+    with torch.no_grad():
+        for p in auxiliary:
+            p.add_(p.grad, alpha=eta2)                                  # (9)
+    clip_perturbation_(layers, rho)                                     # (10)
+
+
+# ------------------------------------------------------------------------------ all runs
+
+
+MEASURES = {"a": measure_a, "contour": measure_contour, "b": measure_b, "c": measure_c, "d": measure_d, "e": measure_e,
+            "f": measure_f}
+
+
+def wanted(run, part, first):
+    """Is this part measured in this run?"""
+    return {"contour": run.seed == first, "e": run.method != "lora", "f": run.method == "bi-lora"}.get(part, True)
+
+
+def measure(runs, options):
+    """{task: {part: {method: {seed: result}}}}, from the run folders where it is there already."""
+    results, jobs = {}, []
+    for run in runs:
+        path = os.path.join(run.folder, "sharpness.json")
+        run.known = read_json(path) if os.path.exists(path) else {}
+        first = min(r.seed for r in runs if r.task == run.task)
+        for part in [part for part in options.parts if wanted(run, part, first)]:
+            settings = {name: getattr(options, name) for name in SETTINGS[part]}
+            settings["run"] = os.stat(os.path.join(run.folder, "metrics.json")).st_mtime_ns
+            jobs.append((run, part, settings))
+    for run, part, settings in (bar := tqdm(jobs, disable=None)):
+        bar.set_description(f"{run.task}, {run.method}, seed {run.seed}, part {part}")
+        if run.known.get(part, {}).get("settings") != settings:
+            result = MEASURES[part](run, options)
+            if part in "def":
+                run.drop()  # its weights are those of a snapshot now
+            run.known[part] = {"settings": settings, "result": result}
+            write_text(os.path.join(run.folder, "sharpness.json"), json.dumps(run.known))
+        results.setdefault(run.task, {}).setdefault(part, {}).setdefault(run.method, {})[run.seed] = run.known[part]["result"]
+        if run is not jobs[min(len(jobs) - 1, bar.n + 1)][0]:
+            run.drop()
+    return results
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def picture(path, columns, rows=1, height=3.2):
+    """(figure, its axes row by row, a function that writes it)."""
+    figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+
+    def write():
+        figure.savefig(path + ".tmp", format="png", dpi=90)
+        os.replace(path + ".tmp", path)
+    return figure, axes, write
+
+
+def band(axis, x, curves, label, **style):
+    """The mean of some curves, with a band of one standard error; what is None is left out."""
+    curves = np.array(curves, dtype=float)
+    kept = ~np.isnan(curves).any(0)
+    x, curves = np.array(x)[kept], curves[:, kept]
+    mean = curves.mean(0)
+    (line,) = axis.plot(x, mean, label=label, **style)
+    if len(curves) > 1:
+        error = curves.std(0, ddof=1) / math.sqrt(len(curves))
+        axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def named(axis, x, y, title=""):
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.set_title(title, fontsize=10)
+
+
+def draw_a(results, path):
+    _, ((*axes,),), write = picture(path, 2)
+    for axis, space in zip(axes, SPACES):
+        for method, runs in results.items():
+            curves = [np.mean(run[space]["losses"], 0) for run in runs.values()]
+            band(axis, next(iter(runs.values()))[space]["alphas"], curves, method, color=COLOURS[method])
+        named(axis, "alpha", "training loss", f"{space} space")
+    axes[0].legend()
+    write()
+
+
+def draw_contour(results, path):
+    _, axes, write = picture(path, len(results), 2)
+    for row, space in zip(axes, SPACES):
+        runs = {method: next(iter(seeds.values()))[space] for method, seeds in results.items()}
+        top = max(np.max(run["losses"]) for run in runs.values())
+        for axis, (method, run) in zip(row, runs.items()):
+            drawn = axis.contour(run["alphas"], run["alphas"], run["losses"], levels=np.linspace(0, top, 16))
+            axis.clabel(drawn, fontsize=7)
+            named(axis, "first direction", "second direction", f"{method}, {space} space")
+    write()
+
+
+def draw_b(results, path):
+    metric = [key for key in next(iter(next(iter(results.values())).values()))["full"] if key not in ("alphas", "loss")][0]
+    _, axes, write = picture(path, 2, 2)
+    for row, space in zip(axes, SPACES):
+        for axis, key in zip(row, ("loss", metric)):
+            for method, runs in results.items():
+                band(axis, next(iter(runs.values()))[space]["alphas"], [run[space][key] for run in runs.values()], method,
+                     color=COLOURS[method], marker=".")
+            named(axis, "alpha", "training loss" if key == "loss" else f"{key}, evaluation set", f"{space} space")
+    axes[0, 0].legend()
+    write()
+
+
+def draw_c(results, path):
+    _, axes, write = picture(path, 2, 2)
+    for row, space in zip(axes, SPACES):
+        for i, (method, runs) in enumerate(results.items()):
+            band(row[0], next(iter(runs.values()))[space]["radii"], [run[space]["increase"] for run in runs.values()], method,
+                 color=COLOURS[method], marker=".")
+            values = mean_stderr([run[space]["eigenvalue"] for run in runs.values()])
+            row[1].bar([i], [values["mean"]], yerr=[values["stderr"] or 0], color=COLOURS[method])
+        row[1].set_xticks(range(len(results)), list(results), fontsize=8)
+        named(row[0], "radius", "worst loss increase", f"{space} space")
+        row[0].set_xscale("log")
+        row[0].set_yscale("log")
+        named(row[1], "", "largest Hessian eigenvalue", f"{space} space")
+    axes[0, 0].legend()
+    write()
+
+
+def draw_d(results, path):
+    _, ((*axes,),), write = picture(path, 4)
+    for key, label in (("B_epsA", "s B eps_A"), ("epsB_A", "s eps_B A"), ("epsB_epsA", "s eps_B eps_A"), ("ratio", "first two / third")):
+        for runs in [results[method] for method in results if method == "lora-sam"]:
+            band(axes[0], steps_of(runs), [run[key] for run in runs.values()], label, linestyle="--" if key == "ratio" else "-")
+    axes[0].set_yscale("log")
+    named(axes[0], "step", "norm", "LoRA-SAM's perturbation")
+    for axis, method in zip(axes[1:], ("lora-sam", "bi-lora", "bi-lora-power")):
+        runs = results.get(method, {})
+        for key, label in (("B", "B1"), ("A", "A1"), ("primary", "B1 A1"), ("auxiliary", "B2 A2"), ("between", "B1 A1 with B2 A2")):
+            if runs and key in next(iter(runs.values())) and (method == "lora-sam" or key not in "BA"):
+                band(axis, steps_of(runs), [run[key] for run in runs.values()], label)
+        named(axis, "step", "cosine with last value", method)
+    for axis in axes:
+        if axis.lines:
+            axis.legend(fontsize=8)
+    write()
+
+
+def steps_of(runs):
+    return next(iter(runs.values()))["step"]
+
+
+def draw_e(results, path):
+    _, axes, write = picture(path, 2, 2)
+    for axis, (key, label) in zip(axes.flat, (("cosine_batch", "cosine with G of the batch"), ("cosine_sample", "cosine with G over the sample"),
+                                              ("gain_batch", "share of SAM's increase, batch"), ("gain_sample", "share of SAM's increase, sample"))):
+        for method, runs in results.items():
+            runs = {seed: run for seed, run in runs.items() if run}
+            for prefix, style in (("", "-"), ("random_", ":")):
+                if runs:
+                    band(axis, steps_of(runs), [run[prefix + key] for run in runs.values()], method if not prefix else None,
+                         color=COLOURS[method], linestyle=style)
+        axis.axhline(0, color="grey", linewidth=0.5)
+        named(axis, "step", label)
+    axes[0, 0].legend(title="dotted: random", fontsize=8)
+    write()
+
+
+def draw_f(results, path):
+    _, axes, write = picture(path, 2, 2)
+    (runs,) = results.values()
+    for rule in next(iter(runs.values())):
+        curves = [run[rule] for run in runs.values()]
+        steps = range(len(curves[0]["rank"]))
+        for axis, key in ((axes[0, 0], "rank"), (axes[0, 1], "final")):
+            band(axis, steps, [curve[key] for curve in curves], rule)
+        band(axes[1, 0], LAGS, [[mean_of(curve[f"lag {lag}"]) for lag in LAGS] for curve in curves], rule, marker=".")
+        sampled = [i for i in steps if curves[0]["cosine_sample"][i] is not None]
+        band(axes[1, 1], sampled, [[curve["cosine_sample"][i] for i in sampled] for curve in curves], rule)
+    named(axes[0, 0], "step", "effective rank of s B2 A2")
+    named(axes[0, 1], "step", "cosine with last value")
+    named(axes[1, 0], "steps between", "cosine with itself, second half")
+    named(axes[1, 1], "step", "cosine with G over the sample")
+    axes[1, 0].set_xscale("log")
+    axes[0, 0].legend(fontsize=7)
+    write()
+
+
+def mean_of(values):
+    """Of the second half of the steps, where there are values."""
+    values = [value for value in values[len(values) // 2:] if value is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+DRAWINGS = {"a": ("landscapes", draw_a), "contour": ("contour", draw_contour), "b": ("adversarial", draw_b), "c": ("worst-case", draw_c),
+            "d": ("perturbations", draw_d), "e": ("adversity", draw_e), "f": ("ascent", draw_f)}
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def quantities(part, result):
+    """{what: number} of one run and part: what a table has."""
+    if part == "a":
+        return {f"{space} space, mean increase at alpha = ±{value['alphas'][-1]:g}":
+                np.mean([(row[0] + row[-1]) / 2 - row[len(row) // 2] for row in value["losses"]]).item() for space, value in result.items()}
+    if part == "b":
+        return {f"{space} space, {key} at {alpha:g}": value for space, values in result.items() for key in values if key != "alphas"
+                for alpha, value in zip(values["alphas"], values[key])}
+    if part == "c":
+        return {**{f"{space} space, worst increase within {rho:g}": value for space, values in result.items()
+                   for rho, value in zip(values["radii"], values["increase"])},
+                **{f"{space} space, largest eigenvalue": values["eigenvalue"] for space, values in result.items()}}
+    if part == "d":
+        half = next(i for i, step in enumerate(result["step"]) if 2 * step >= result["step"][-1])
+        names = {"ratio": "first-order terms / third, median", "B": "B1, half-way, with its last value", "A": "A1, half-way, with its last value",
+                 "primary": "B1 A1, half-way, with its last value", "auxiliary": "B2 A2, half-way, with its last value",
+                 "between": "B1 A1 with B2 A2, half-way"}
+        return {name: np.nanmedian(np.array(result[key], dtype=float)).item() if key == "ratio" else result[key][half] for key, name in names.items() if key in result}
+    if part == "e":
+        return {key.replace("_", " "): np.mean(values).item() for key, values in result.items() if key != "step"}
+    if part == "f":
+        return {f"{rule}: {name}": value for rule, rows in result.items() for name, value in (
+            ("effective rank", mean_of(rows["rank"])), *((f"with itself {lag} steps ago", mean_of(rows[f"lag {lag}"])) for lag in (1, 8, 32)),
+            ("cosine half-way with its last value", rows["final"][len(rows["final"]) // 2]),
+            ("cosine with G of the batch", mean_of(rows["cosine_batch"])), ("cosine with G over the sample", mean_of(rows["cosine_sample"])))}
+    return {}
+
+
+def tables(results, runs):
+    """(Markdown, the same numbers): mean and standard error over the seeds, and of the difference to LoRA seed by seed."""
+    text, numbers = [], {}
+    scores = {}
+    for run in runs:
+        scores.setdefault(run.method, {})[run.seed] = read_json(os.path.join(run.folder, "metrics.json"))["metrics"]
+    columns = {"scores": {method: scores[method] for method in METHODS if method in scores}}
+    columns |= {part: {method: {seed: quantities(part, result) for seed, result in seeds.items()} for method, seeds in methods.items()}
+                for part, methods in results.items() if part != "contour"}
+    for part, methods in columns.items():
+        rows = list(dict.fromkeys(name for seeds in methods.values() for values in seeds.values() for name in values))
+        text += ["", f"| {part} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+        for name in rows:
+            cells = []
+            for method, seeds in methods.items():
+                values = [value[name] for value in seeds.values() if value.get(name) is not None]
+                entry = {"value": mean_stderr(values)} if values else {}
+                base = methods.get("lora", {}) if method != "lora" else {}
+                paired = [value[name] - base[seed][name] for seed, value in seeds.items()
+                          if value.get(name) is not None and base.get(seed, {}).get(name) is not None]
+                if paired:
+                    entry["minus_lora"] = mean_stderr(paired)
+                numbers.setdefault(part, {}).setdefault(name, {})[method] = entry
+                cells.append(" ".join(["" if not values else cell(entry["value"]), *(["(" + cell(entry["minus_lora"], "+") + ")"] if paired else [])]))
+            text.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n", numbers
+
+
+def cell(entry, sign=""):
+    error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.2g}"
+    return f"{entry['mean']:{sign}.4g}{error}"
+
+
+# ------------------------------------------------------------------------------ arguments and main
+
+
+def parse_arguments(argv):
+    parser = train_glue.Parser(prog="sharpness.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="+", metavar="RUN", help="the --out of train_glue.py or train_gsm8k.py, or a run folder in it")
+    parser.add_argument("--parts", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
+    parser.add_argument("--out", help="folder of the pictures, tables and numbers (default: the first RUN)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of rows, directions and batches (default: %(default)s)")
+    parser.add_argument("--device", type=train_glue.device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--rows", type=number(int, 1), default=128, help="training rows that the loss is measured on (default: %(default)s)")
+    parser.add_argument("--eval-rows", type=number(int, 1), default=1000, help="b: rows of each evaluation set (default: %(default)s)")
+    parser.add_argument("--directions", type=number(int, 1), default=3, help="a: random directions (default: %(default)s)")
+    parser.add_argument("--points", type=number(int, 3), default=15, help="a: points along each (default: %(default)s)")
+    parser.add_argument("--grid", type=number(int, 2), default=9, help="contour: points along each axis (default: %(default)s)")
+    parser.add_argument("--span", type=number(float, 0), nargs=2, default=[1.0, 0.5], help="a, contour: largest alpha in LoRA space and in full space (default: 1 0.5)")
+    parser.add_argument("--alphas", type=number(float, 0), nargs="+", default=[0, 0.1, 0.25, 0.5, 1, 2.5, 4, 5],
+                        help="b: default: the paper's, 0 0.5 1 2.5 4 5, and two smaller ones, 0.1 0.25")
+    parser.add_argument("--radii", type=number(float, 0), nargs="+", default=[0.05, 0.2, 1.0], help="c: default: 0.05 0.2 1")
+    parser.add_argument("--steps", type=number(int, 1), default=5, help="c: of the ascent (default: %(default)s)")
+    parser.add_argument("--iterations", type=number(int, 1), default=15, help="c: of the power iteration (default: %(default)s)")
+    parser.add_argument("--moments", type=number(int, 1), default=5, help="e: snapshots (default: %(default)s)")
+    parser.add_argument("--batches", type=number(int, 1), default=4, help="e: training batches (default: %(default)s)")
+    parser.add_argument("--ascent-epochs", type=number(int, 0), default=0, help="f: epochs of its trainings (default: 0, the run's)")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, options = parse_arguments(argv)
+    try:
+        runs = load_runs(options)
+        results = measure(runs, options)
+        out, report = options.out or options.run[0], {}
+        os.makedirs(out, exist_ok=True)
+        for task, parts in results.items():
+            for part, methods in parts.items():
+                name, draw = DRAWINGS[part]
+                ordered = {method: methods[method] for method in METHODS if method in methods}
+                draw(ordered, os.path.join(out, f"{task}-{name}.png"))
+                parts[part] = ordered
+            text, numbers = tables(parts, [run for run in runs if run.task == task])
+            report[task] = {"config": vars(options), "runs": [run.folder for run in runs if run.task == task], "tables": numbers, "measured": parts}
+            write_text(os.path.join(out, f"{task}-sharpness.json"), json.dumps(report[task]))
+            write_text(os.path.join(out, f"{task}-sharpness.md"), f"# {task}: what sharpness.py measured\n{text}")
+            print(f"{task}\n{text}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return report
+
+
+if __name__ == "__main__":
+    main()
