@@ -1,0 +1,194 @@
+"""The power rule: its optimum at a fixed gradient, one step of it written out, and what it leaves alone.
+
+Oracles: the singular value decomposition of G; projectors from pseudo-inverses, where the code has a QR; gradients of plain
+matrices (test_steps.py).  Float64.
+"""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from bilora import (LoRALinear, auxiliary_parameters, bilora_optimizer, bilora_power_step, lora_layers, perturbation_norm,
+                    primary_parameters, turn_perturbation_)
+from test_propositions import RHO, best_of_rank
+from test_steps import (LAYERS, adapted, assert_same_bits, batch, closure_of, close, global_norm,  # noqa: F401
+                        plain_gradients, snapshot)
+
+
+def linear_loss(shapes, aux_rank, alphas=(2, 3)):
+    """(Gs, layers, closure) of a loss sum <G_i, W_i>: dL/dW_i is G_i wherever the weights are."""
+    torch.manual_seed(0)
+    Gs = [(i + 1) * torch.randn(shape, dtype=torch.float64) for i, shape in enumerate(shapes)]
+    layers = [LoRALinear(nn.Linear(n, m, bias=False), 1, alpha, aux_rank).double().train() for (m, n), alpha in zip(shapes, alphas)]
+
+    def closure():
+        loss = sum((G * layer(torch.eye(G.shape[1], dtype=torch.float64)).T).sum() for G, layer in zip(Gs, layers))
+        loss.backward()
+        return loss
+    return Gs, layers, closure
+
+
+def still(layers):
+    return torch.optim.SGD([p for layer in layers for p in (layer.lora_B, layer.lora_A)], lr=0.0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("aux_rank", [1, 4])
+def test_at_a_fixed_gradient_it_reaches_the_optimum_of_prop_3(aux_rank, momentum):
+    """eps_i = rho G_{i,r} / sqrt(sum ||G_{i,r}||^2), two layers with scales of their own under one radius."""
+    Gs, layers, closure = linear_loss([(12, 9), (7, 10)], aux_rank)
+    best = [best_of_rank(G, aux_rank) for G in Gs]
+    for _ in range(600):
+        bilora_power_step(still(layers), closure, layers, RHO, momentum)
+    for layer, right in zip(layers, best):
+        torch.testing.assert_close(layer.aux_delta().detach(), RHO * right / global_norm(best), rtol=0, atol=1e-6 * RHO)
+    gain = sum((G * layer.aux_delta()).sum() for G, layer in zip(Gs, layers)).item()
+    assert gain == pytest.approx(RHO * global_norm(best), rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_every_step_keeps_the_rows_orthonormal_and_the_radius(batch, momentum):  # noqa: F811
+    net = adapted(aux_rank=3)
+    optimizer = bilora_optimizer(net, 0.1)
+    for _ in range(5):
+        before = {n: getattr(net, n).aux_delta().detach() for n in LAYERS}
+        bilora_power_step(optimizer, closure_of(net, batch), lora_layers(net), RHO, momentum)
+        for n in LAYERS:
+            A = getattr(net, n).aux_A.detach()
+            torch.testing.assert_close(A @ A.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-12)
+            assert not torch.allclose(getattr(net, n).aux_delta(), before[n])
+        assert global_norm([getattr(net, n).aux_delta() for n in LAYERS]) == pytest.approx(RHO, rel=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_one_step_written_out(batch, momentum):  # noqa: F811
+    """B2' A2' = X A2 P scaled to rho: X and P, the projector on the new rows, from G by their definitions; and (8)."""
+    net, lr, s, mu = adapted(aux_rank=2), 0.1, 3.0, momentum
+    G = plain_gradients(net, *batch, auxiliary=True)
+    B, A = ({n: getattr(getattr(net, n), name).detach().clone() for n in LAYERS} for name in ("aux_B", "aux_A"))
+    primary = {n: (getattr(net, n).lora_B.detach().clone(), getattr(net, n).lora_A.detach().clone()) for n in LAYERS}
+    old, new = global_norm(B.values()), global_norm([G[n] @ A[n].T for n in LAYERS])
+    turned = {}
+    for n in LAYERS:
+        X = mu * B[n] / old + (1 - mu) * G[n] @ A[n].T / new
+        M = B[n].T @ G[n]
+        Y = mu * A[n] / A[n].norm() + (1 - mu) * M / M.norm()
+        turned[n] = X @ A[n] @ torch.linalg.pinv(Y) @ Y
+    optimizer = torch.optim.SGD(primary_parameters(net), lr=lr)
+    loss = bilora_power_step(optimizer, closure_of(net, batch), lora_layers(net), RHO, mu)
+    assert loss.ndim == 0 and not loss.requires_grad
+    for n in LAYERS:
+        layer, (B1, A1) = getattr(net, n), primary[n]
+        torch.testing.assert_close(layer.aux_delta().detach(), RHO * turned[n] / global_norm(turned.values()), **close)
+        torch.testing.assert_close(layer.lora_B.detach(), B1 - lr * s * G[n] @ A1.T, **close)
+        torch.testing.assert_close(layer.lora_A.detach(), A1 - lr * s * B1.T @ G[n], **close)
+
+
+def test_with_enough_rank_its_descent_gradient_is_full_sams(batch):  # noqa: F811
+    """r2 = rank(G), G held fixed while the pair turns: the next gradient is that at W + rho G / ||G||."""
+    few = batch[0][:2], batch[1][:2]  # two examples: rank(G) <= 2 in first and last, <= 4 in shared
+    net, s, lr = adapted(aux_rank=4), 3.0, 0.1
+    layers, G = lora_layers(net), plain_gradients(net, *few)
+
+    def linearised():
+        loss = sum((G[n] * getattr(net, n).aux_delta()).sum() for n in LAYERS)
+        loss.backward()
+        return loss
+
+    for _ in range(60):
+        bilora_power_step(still(layers), linearised, layers, RHO, 0.0)
+    sam = plain_gradients(net, *few, eps={n: RHO * G[n] / global_norm(G.values()) for n in LAYERS})
+    expected = {n: (getattr(net, n).lora_B.detach() - lr * s * sam[n] @ getattr(net, n).lora_A.detach().T,
+                    getattr(net, n).lora_A.detach() - lr * s * getattr(net, n).lora_B.detach().T @ sam[n]) for n in LAYERS}
+    bilora_power_step(torch.optim.SGD(primary_parameters(net), lr=lr), closure_of(net, few), layers, RHO)
+    for n, (B, A) in expected.items():
+        assert not torch.allclose(sam[n], G[n], rtol=1e-2)
+        torch.testing.assert_close(getattr(net, n).lora_B.detach(), B, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(getattr(net, n).lora_A.detach(), A, rtol=1e-7, atol=1e-9)
+
+
+def test_the_optimizer_keeps_no_state_for_the_pairs_and_steps_the_rest(batch):  # noqa: F811
+    """Primary pairs and head end where torch's AdamW takes them at the same gradients."""
+    net = adapted(aux_rank=2)
+    net.head.requires_grad_(True)
+    optimizer = bilora_optimizer(net, 0.01)
+    twin = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters() if p.requires_grad and "aux" not in n}
+    other = torch.optim.AdamW(twin.values(), lr=0.01, weight_decay=0.0)
+    for _ in range(3):
+        params = dict(net.named_parameters())
+        grads = torch.autograd.grad(nn.functional.cross_entropy(net(batch[0]), batch[1]), [params[n] for n in twin])
+        bilora_power_step(optimizer, closure_of(net, batch), lora_layers(net), RHO)
+        for p, g in zip(twin.values(), grads):
+            p.grad = g
+        other.step()
+    for n, p in net.named_parameters():
+        if n in twin:
+            torch.testing.assert_close(p.detach(), twin[n].detach(), rtol=1e-9, atol=1e-12)
+    assert not any(id(p) in set(map(id, optimizer.state)) for p in auxiliary_parameters(net))
+    assert all(p.grad is None for p in auxiliary_parameters(net))
+
+
+def test_without_a_gradient_the_perturbation_keeps_its_direction():
+    """All of them zero or missing, and one layer's alone."""
+    for missing in (True, False):
+        net = adapted(aux_rank=2)
+        before = {n: getattr(net, n).aux_delta().detach() for n in LAYERS}
+        for p in auxiliary_parameters(net):
+            p.grad = None if missing else torch.zeros_like(p)
+        turn_perturbation_(lora_layers(net), RHO, 0.0)
+        for n in LAYERS:
+            torch.testing.assert_close(getattr(net, n).aux_delta().detach(), RHO * before[n] / global_norm(before.values()), **close)
+    net.first.aux_B.grad = torch.randn_like(net.first.aux_B)
+    turn_perturbation_(lora_layers(net), RHO, 0.0)
+    assert net.last.aux_delta().norm() == 0 and perturbation_norm(lora_layers(net)).item() == pytest.approx(RHO, rel=1e-12)
+
+
+def test_a_fresh_pair_and_no_radius(batch):  # noqa: F811
+    net = adapted(aux_rank=2)
+    nn.init.zeros_(net.first.aux_B), nn.init.zeros_(net.shared.aux_B), nn.init.zeros_(net.last.aux_B)
+    for rho in (0.0, RHO):
+        bilora_power_step(bilora_optimizer(net, 0.1), closure_of(net, batch), lora_layers(net), rho)
+        assert perturbation_norm(lora_layers(net)).item() == pytest.approx(rho, rel=1e-12)
+    turn_perturbation_([], RHO)
+
+
+@pytest.mark.parametrize("spoil, named", [
+    (dict(rho=-1), "rho is -1"), (dict(momentum=1.0), "momentum is 1.0"), (dict(momentum=-0.1), "momentum is -0.1"),
+    (dict(layers=[]), "auxiliary pair"), (dict(eval=True), "training mode"), (dict(scale=float("nan")), "not moved")])
+def test_what_it_refuses_and_then_nothing_has_moved(batch, spoil, named):  # noqa: F811
+    net = adapted(aux_rank=2)
+    before, optimizer = snapshot(net), bilora_optimizer(net, 0.1)
+    if spoil.get("eval"):
+        net.eval()
+    with pytest.raises(FloatingPointError if "scale" in spoil else ValueError, match=named):
+        bilora_power_step(optimizer, closure_of(net, batch, spoil.get("scale", 1.0)), spoil.get("layers", lora_layers(net)),
+                          spoil.get("rho", RHO), spoil.get("momentum", 0.5))
+    assert_same_bits(net, before)
+    assert not optimizer.state
+
+
+def test_a_nan_in_an_auxiliary_gradient_alone_stops_it(batch):  # noqa: F811
+    """The optimizer does not hold the pairs here, and the loss is finite."""
+    net = adapted(aux_rank=2)
+    before, optimizer = snapshot(net), torch.optim.SGD(primary_parameters(net), lr=0.1)
+
+    def closure():
+        loss = closure_of(net, batch)()
+        net.last.aux_A.grad[0, 0] = float("nan")
+        return loss
+
+    with pytest.raises(FloatingPointError, match="power"):
+        bilora_power_step(optimizer, closure, lora_layers(net), RHO)
+    assert_same_bits(net, before)
+
+
+def test_it_does_not_depend_on_the_loss_scale_or_on_old_gradients(batch):  # noqa: F811
+    """The optimizer holds the primary pairs only, so that the step itself has to clear the auxiliary gradients."""
+    ends = []
+    for scale, old in ((1.0, None), (2.0**16, 1.0)):
+        net = adapted(aux_rank=2)
+        for p in auxiliary_parameters(net):
+            p.grad = None if old is None else torch.full_like(p, old)
+        bilora_power_step(torch.optim.SGD(primary_parameters(net), lr=0.0), closure_of(net, batch, scale), lora_layers(net), RHO)
+        ends.append(torch.cat([getattr(net, n).aux_delta().detach().flatten() for n in LAYERS]))
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-15)
