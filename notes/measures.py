@@ -111,7 +111,8 @@ def contour(losses, params, one, two, alphas):
 
 
 def worst_case(losses, params, rho, steps=5):
-    """The largest L(w + eps) - L(w) met by `steps` steps of normalised ascent in the ball ||eps|| <= rho.
+    """The largest L(w + eps) - L(w) met by `steps` steps of normalised ascent in the ball ||eps|| <= rho: a lower bound of
+    the worst case, for few steps do not get all the way.
 
     eps <- eps + (2 rho / steps) g / ||g||, pulled back onto the ball where it has left it; the first step goes to the sphere.
     """
@@ -134,8 +135,9 @@ def hessian_vector(losses, params, v):
         for loss in losses:
             first = torch.autograd.grad(loss(), params, create_graph=True, allow_unused=True)
             used = [(g, d) for g, d in zip(first, v) if g is not None and g.requires_grad]
-            slope = sum((g * d).sum() for g, d in used)
-            second = torch.autograd.grad(slope, params, allow_unused=True)
+            if not used:  # a linear loss
+                continue
+            second = torch.autograd.grad(sum((g * d).sum() for g, d in used), params, allow_unused=True)
             total = [a if g is None else a + g for a, g in zip(total, second)]
     return total
 

@@ -81,11 +81,16 @@ class Run:
     @cached_property
     def model(self):
         """In eval mode: W = W0 + s B1 A1."""
-        model, self.layers, _ = train_glue.prepare(self.args, self.method, self.seed, self.experiment.build)
+        model, *_ = train_glue.prepare(self.args, self.method, self.seed, self.experiment.build)
         load_adapter(model, self.folder, model.module_names)
         return model.eval()
 
+    @property
+    def layers(self):
+        return lora_layers(self.model)
+
     def drop(self):
+        """Free the model, or load it anew where it is needed again."""
         self.__dict__.pop("model", None)
 
     def losses(self, examples, size=32):
@@ -320,8 +325,8 @@ def measure_f(run, options):
 def watch_ascent(run, args, kind, eta2, falls):
     examples, _ = run.data
     args = argparse.Namespace(**{**vars(args), "aux_lr": eta2})
-    run.model, run.layers, optimizer = train_glue.prepare(args, "bi-lora", run.seed, run.experiment.build)
-    model, layers, rho = run.model.train(), run.layers, args.rho[0]
+    run.model, layers, optimizer = train_glue.prepare(args, "bi-lora", run.seed, run.experiment.build)
+    model, rho = run.model.train(), args.rho[0]
     if kind == "plain":
         del optimizer.param_groups[1]  # plain_ascent does it
     weights = [layer.weight for layer in layers]
@@ -559,7 +564,7 @@ def draw_f(results, path):
 def mean_of(values):
     """Of the second half of the steps, where there are values."""
     values = [value for value in values[len(values) // 2:] if value is not None]
-    return sum(values) / len(values) if values else math.nan
+    return sum(values) / len(values) if values else None
 
 
 DRAWINGS = {"a": ("landscapes", draw_a), "contour": ("contour", draw_contour), "b": ("adversarial", draw_b), "c": ("worst-case", draw_c),

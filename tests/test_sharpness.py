@@ -1,0 +1,233 @@
+"""notes/sharpness.py on small runs of both scripts: what it reports, what it leaves alone, what it refuses.
+
+Oracles: the scores that the run itself wrote; the loss of the merged model; perturbations whose alignment is known.
+"""
+
+import copy
+import json
+import math
+import os
+import random
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_glue
+import train_gsm8k
+from bilora import merge_lora_, primary_parameters
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
+import sharpness  # noqa: E402
+
+RUN = ["--pretraining-steps", "0", "--limit", "24", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
+SMALL = ["--rows", "12", "--directions", "2", "--points", "5", "--grid", "3", "--radii", "0.1", "0.5", "--steps", "2", "--alphas", "0", "0.5",
+         "--iterations", "2", "--moments", "2", "--batches", "2", "--device", "cpu", "--eval-rows", "3000"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All four methods with seed 0, two of them with seed 1, with snapshots."""
+    path, before = tmp_path_factory.mktemp("runs"), os.getcwd()
+    os.chdir(path)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train_glue, "EMBEDDED_TEST", 60)
+    for methods, seed in ((train_glue.METHODS, "0"), (("lora", "lora-sam"), "1")):
+        train_glue.main([*RUN, "--method", *methods, "--seeds", seed, "--snapshots", "4", "--out", "out", "--lr", "0.01"])
+    yield str(path)
+    patch.undo()
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def a_run(method, *options):
+    _, options = sharpness.parse_arguments([f"out/{method}-seed0", *SMALL, *options])
+    (run,) = sharpness.load_runs(options)
+    return run, options
+
+
+@pytest.mark.pictures
+def test_all_parts_of_all_methods(capsys, monkeypatch):
+    report = sharpness.main(["out", *SMALL, "--out", "figures"])
+    capsys.readouterr()
+    on_disk = json.load(open("figures/embedded-sharpness.json"))
+    assert on_disk == json.loads(json.dumps(report["embedded"]))
+    measured = on_disk["measured"]
+    assert {part: list(methods) for part, methods in measured.items()} == {
+        **{part: list(train_glue.METHODS) for part in ("a", "contour", "b", "c", "d")}, "e": list(train_glue.METHODS[1:]), "f": ["bi-lora"]}
+    assert {part: len(methods["lora-sam"]) for part, methods in measured.items() if part != "f"} == {
+        "a": 2, "contour": 1, "b": 2, "c": 2, "d": 2, "e": 2}
+    for name in ("landscapes", "contour", "adversarial", "worst-case", "perturbations", "adversity", "ascent"):
+        assert os.path.getsize(f"figures/embedded-{name}.png") > 5000
+    text = open("figures/embedded-sharpness.md").read()
+    assert text.count("\n| ") > 40 and "nan" not in text
+    assert not [name for name in os.listdir("figures") if name.endswith(".tmp")]
+    for part in "abcde":  # numbers, all of them finite
+        for value in json.dumps(measured[part]).replace("[", " ").replace("]", " ").replace(",", " ").split():
+            assert value not in ("NaN", "Infinity", "-Infinity")
+
+    def measured_again(*_):
+        raise AssertionError("was there already")
+    monkeypatch.setattr(sharpness, "DRAWINGS", {part: (name, print) for part, (name, _) in sharpness.DRAWINGS.items()})
+    monkeypatch.setattr(sharpness, "MEASURES", {part: measured_again for part in sharpness.MEASURES})
+    again = sharpness.main(["out", *SMALL, "--out", "figures"])
+    assert again["embedded"]["tables"] == report["embedded"]["tables"]
+    with pytest.raises(AssertionError):
+        sharpness.main(["out", *SMALL, "--out", "figures", "--seed", "1"])
+
+
+def test_mean_and_standard_error_over_seeds():
+    report = sharpness.main(["out", *SMALL, "--parts", "c", "--out", "other"])["embedded"]
+    values = {m: [r["full"]["eigenvalue"] for r in runs.values()] for m, runs in report["measured"]["c"].items()}
+    entry = report["tables"]["c"]["full space, largest eigenvalue"]
+    one, two = values["lora-sam"]
+    assert entry["lora-sam"]["value"]["mean"] == pytest.approx((one + two) / 2)
+    assert entry["lora-sam"]["value"]["stderr"] == pytest.approx(abs(one - two) / 2)
+    differences = [a - b for a, b in zip(values["lora-sam"], values["lora"])]
+    assert entry["lora-sam"]["minus_lora"]["mean"] == pytest.approx(sum(differences) / 2)
+    assert "minus_lora" not in entry["lora"]
+
+
+@pytest.mark.parametrize("method", ["lora-sam", "bi-lora", "bi-lora-power"])
+def test_centre_and_scores_are_those_of_the_merged_model(method):
+    run, options = a_run(method)
+    a, b = sharpness.measure_a(run, options), sharpness.measure_b(run, options)
+    model = merge_lora_(copy.deepcopy(run.model))
+    ids, _, mask, labels = train_glue.collate(run.sample, 0, "cpu")
+    loss = F.cross_entropy(model(ids, mask), labels).item()
+    metrics = json.load(open(f"out/{method}-seed0/metrics.json"))["metrics"]
+    for space in ("LoRA", "full"):
+        for row in a[space]["losses"]:
+            assert row[2] == pytest.approx(loss, rel=1e-5) and row[0] != row[2]
+        assert b[space]["loss"][0] == pytest.approx(loss, rel=1e-5)
+        assert b[space]["accuracy"][0] == pytest.approx(metrics["accuracy"], abs=1e-12)
+        assert b[space]["loss"][1] != b[space]["loss"][0]
+    assert a["LoRA"]["losses"][0] != a["LoRA"]["losses"][1]
+
+
+def test_adversarial_direction_is_the_gradient(monkeypatch):
+    """Eq. (A22): in each space the loss at a small alpha has risen by alpha ||g||."""
+    run, options = a_run("lora")
+    options.alphas = [0.0, 1e-3]
+    found = sharpness.measure_b(run, options)
+    for space in ("LoRA", "full"):
+        params, _ = run.space(space)
+        for p in params:
+            p.requires_grad_(True).grad = None
+        sum(loss() for loss in run.losses(run.sample)).backward()
+        slope = math.sqrt(sum(p.grad.square().sum().item() for p in params))
+        assert found[space]["loss"][1] - found[space]["loss"][0] == pytest.approx(1e-3 * slope, rel=0.02)
+
+
+@pytest.mark.parametrize("part", ["a", "contour", "b", "c"])
+def test_weights_are_restored_bit_for_bit(part):
+    run, options = a_run("bi-lora")
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    sharpness.MEASURES[part](run, options)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert [name for name, p in run.model.named_parameters() if p.requires_grad] == list(train_glue.trained_tensors(run.model))
+    assert not any("weight" in name and "classifier" not in name for name in train_glue.trained_tensors(run.model))
+
+
+def test_snapshots_are_the_training_runs_weights():
+    """The first is the fresh adapter; the last holds the adapter that was saved, and the auxiliary pair within its radius."""
+    run, _ = a_run("bi-lora")
+    at_end = [p.detach().clone() for p in primary_parameters(run.model)]
+    steps = [step for step, _ in run.snapshots()]
+    assert steps == [0, 2, 4, 6]
+    run.put(run.snapshots()[0][1])
+    assert all(layer.lora_B.abs().max() == 0 and layer.aux_B.abs().max() == 0 for layer in run.layers)
+    run.put(run.snapshots()[-1][1])
+    assert all(torch.equal(p, q) for p, q in zip(primary_parameters(run.model), at_end))
+    c = math.sqrt(sum(layer.aux_delta().square().sum().item() for layer in run.layers))
+    assert c == pytest.approx(0.05, rel=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sams_own_perturbation_is_fully_adversarial(sign, monkeypatch):
+    """Where the method's perturbation is +-rho G / ||G|| of the batch, its cosine is +-1 and its gain near +-1."""
+    run, options = a_run("bi-lora")
+
+    def sam(run, losses):
+        weights = [layer.weight.requires_grad_(True) for layer in run.layers]
+        grads = torch.autograd.grad(sum(loss() for loss in losses), weights)
+        total = math.sqrt(sum(g.square().sum().item() for g in grads))
+        for w in weights:
+            w.requires_grad_(False)
+        return [sign * 1e-3 * g / total for g in grads]
+
+    monkeypatch.setattr(sharpness, "perturbation", sam)
+    found = sharpness.measure_e(run, options)
+    assert len(found["step"]) == 2 and found["norm"] == pytest.approx([1e-3] * 2, rel=1e-4)
+    assert found["cosine_batch"] == pytest.approx([sign] * 2, rel=1e-5)
+    assert found["gain_batch"] == pytest.approx([sign] * 2, rel=0.05)
+    assert max(map(abs, found["random_cosine_batch"])) < 0.05
+    assert all(0 < share < 1 for share in found["reach"] + found["best_rank"])
+
+
+def test_lora_sams_perturbation_is_what_its_step_does(monkeypatch):
+    """W at the second pass of lora_sam_step minus W at the first."""
+    from bilora import lora_sam_step
+    run, _ = a_run("lora-sam")
+    losses, seen = run.losses(run.batches[0]), []
+    expected = sharpness.perturbation(run, losses)
+
+    def closure():
+        seen.append([layer.delta().detach().clone() for layer in run.layers])
+        loss = sum(loss() for loss in losses)
+        loss.backward()
+        return loss
+
+    lora_sam_step(torch.optim.SGD(primary_parameters(run.model), lr=0.0), closure, 0.01)
+    for eps, first, second in zip(expected, *seen):
+        torch.testing.assert_close(eps, second - first, rtol=1e-3, atol=1e-7)
+
+
+def test_the_watched_ascent_trains_as_the_script_does():
+    """Adam with the paper's eta2 is --method bi-lora: the last pair it sees is one step before the run's last."""
+    run, options = a_run("bi-lora", "--parts", "f")
+    found = sharpness.measure_f(run, options)
+    assert set(found) == set(sharpness.ascent_rules(0.01)) and all(len(rows["rank"]) == 6 for rows in found.values())
+    adam = found["Adam, paper's eta2"]
+    assert adam["final"][-1] == pytest.approx(1.0, rel=1e-6) and adam["rank"][0] is None  # B2 = 0 before the first step
+    steps = [step for step, _ in run.snapshots()]
+    run.put(run.snapshots()[2][1])
+    assert steps[2] == 4
+    assert sharpness.effective_rank(run.auxiliary()) == pytest.approx(adam["rank"][4], rel=1e-5)
+
+
+def test_runs_of_the_other_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_gsm8k.main(["--pretraining-steps", "0", "--limit", "6", "--eval-limit", "3", "--max-new-tokens", "4", "--epochs", "1", "--no-bf16",
+                      "--method", "bi-lora", "--seeds", "0", "--snapshots", "2", "--device", "cpu", "--out", "out"])
+    small = [*SMALL[:-2], "--rows", "4", "--points", "3"]
+    report = sharpness.main(["out", *small, "--parts", "b", "e", "--out", "figures"])
+    assert list(report) == ["gsm8k-embedded"]
+    assert report["gsm8k-embedded"]["measured"]["b"]["bi-lora"][0]["full"]["no_marker"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["nowhere"], "nowhere"), (["empty"], "no finished run"), (["out", "--parts", "z"], "'z'"), (["out", "--rows", "0"], "'0'"),
+    (["bare"], "no snapshots"), (["other"], "the run read"), (["broken"], "not a JSON object")])
+def test_wrong_input_is_one_line(argv, named, capsys, folder):
+    os.makedirs("empty", exist_ok=True)
+    for name in ("bare", "other", "broken"):
+        shutil.rmtree(name, ignore_errors=True)
+        shutil.copytree("out/lora-seed0", name, ignore=shutil.ignore_patterns("sharpness.json"))
+    shutil.rmtree("bare/snapshots")
+    config = json.load(open("other/config.json"))
+    config["files"][0][1] += 1
+    json.dump(config, open("other/config.json", "w"))
+    open("broken/config.json", "w").write("[")
+    with pytest.raises(SystemExit) as stopped:
+        sharpness.main([*argv, *SMALL[:2], *(["--parts", "d"] if argv == ["bare"] else []), "--out", "nothing"] if len(argv) == 1 else argv)
+    message = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and named in message and "Traceback" not in message
+    assert not os.path.exists("nothing")
