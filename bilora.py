@@ -42,7 +42,7 @@ HEADS = {"lm_head", "classifier", "score", "head"}  # adapted only where `target
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear plus low-rank pairs, Eq. (1) and (7): y = x W^T + bias with
+    """A frozen nn.Linear plus low-rank pairs, Eq. (1, 7): y = x W^T + bias with
     W = W0 + s B1 A1 in eval mode, W0 + s B1 A1 + s B2 A2 in training mode.
 
     x: (..., n) -> y: (..., m).  The pairs are float32 whatever the dtype of `linear`.  train() and
@@ -257,11 +257,12 @@ def bilora_step(optimizer, closure, layers, rho):
 
 
 def bilora_power_step(optimizer, closure, layers, rho, momentum=0.5):
-    """One step of Bi-LoRA with another ascent: Eq. (8) is the paper's, in place of Eq. (9, 10) stands
-    a step of block power iteration, which is NOT the paper's rule.  One pass.
+    """One step of Bi-LoRA, Eq. (8), with another ascent: a step of block power iteration stands in
+    place of the paper's ascent and clip.  It is NOT the paper's rule.  One pass.
 
-    At a fixed G its perturbation converges to rho G_r / ||G_r||, G_r the best approximation of G of
-    rank r2: the maximizer of <G, eps> in the ball.  Ascent and clip end at rank 1 instead.
+    At a fixed G the perturbation converges to rho G_r / ||G_r||, G_r the best approximation of G of
+    rank r2: the maximizer of <G, eps> in the ball, Eq. (A18) put right, and with r2 = rank(G) that
+    of SAM, Eq. (A21).  The paper's ascent ends at rank 1 instead.
 
     layers: the adapted layers, in training mode.  The optimizer may hold their auxiliary pairs, but
     does not step them and keeps no state for them.  rho: c after the step.  momentum: share, from 0
@@ -277,7 +278,7 @@ def bilora_power_step(optimizer, closure, layers, rho, momentum=0.5):
     _start_pass(optimizer, auxiliary)
     loss = closure()                                                # at W0 + s B1 A1 + s B2 A2
     _require_finite("Bi-LoRA, power rule", optimizer, loss, auxiliary)
-    turn_perturbation_(layers, rho, momentum)                       # instead of (9) and (10)
+    turn_perturbation_(layers, rho, momentum)                       # not the paper's ascent and clip
     for p in auxiliary:
         p.grad = None                                               # the optimizer passes them by
     optimizer.step()                                                # (8)

@@ -112,7 +112,7 @@ def contour(losses, params, one, two, alphas):
 
 def worst_case(losses, params, rho, steps=5):
     """The largest L(w + eps) - L(w) met by `steps` steps of normalised ascent in the ball ||eps|| <= rho: a lower bound of
-    the worst case, for few steps do not get all the way.
+    SAM's inner maximum, Eq. (A1), for few steps do not get all the way.
 
     eps <- eps + (2 rho / steps) g / ||g||, pulled back onto the ball where it has left it; the first step goes to the sphere.
     """
@@ -165,7 +165,7 @@ def top_eigenvalue(losses, params, iterations=15, generator=None, shift=0.0):
 
 
 def lora_sam_terms(layers, gradients, rho):
-    """(s B eps_A, s eps_B A, s eps_B eps_A), a list of (m, n) each: what LoRA-SAM's perturbation is in W, Eq. (5).
+    """(s B eps_A, s eps_B A, s eps_B eps_A), a list of (m, n) each: what LoRA-SAM's perturbation is in W, Eq. (5, A6).
 
     gradients: dL/dB1, dL/dA1 of one layer after the other, as primary_parameters lists them.  eps = rho g / ||g||.
     """
@@ -204,7 +204,7 @@ def effective_rank(pairs):
 
 
 def reachable_energy(G, pairs):
-    """Share of ||G||^2 in {B X + Y A}: Col(B) on the left, Row(A) on the right, as in Proposition 1; over all layers."""
+    """Share of ||G||^2 in {B X + Y A}, over all layers: the subspace of Proposition 1, Eq. (6, A7)."""
     left = 0.0
     for g, (B, A) in zip(G, pairs, strict=True):
         out = g - basis(B) @ (basis(B).t() @ g)
@@ -220,5 +220,8 @@ def basis(B):
 
 
 def best_rank_energy(G, rank):
-    """Share of ||G||^2 that a matrix of this rank can hold: sum_(i <= rank) sigma_i^2 / ||G||^2, over all layers."""
+    """Share of ||G||^2 that a matrix of this rank can hold: sum_(i <= rank) sigma_i^2 / ||G||^2, over all layers.
+
+    Its root, times rho ||G||, is the maximum of <G, eps> over the ball and the rank, Eq. (A16-A20), put right.
+    """
     return sum((torch.linalg.svdvals(g)[:rank].double() ** 2).sum().item() for g in G) / inner(G, G)

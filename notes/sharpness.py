@@ -369,7 +369,7 @@ def watch_ascent(run, args, kind, eta2, falls):
 
 
 def plain_ascent_step(optimizer, closure, layers, rho, eta2):
-    """Bi-LoRA with plain gradient ascent, Eq. (9) as it is written, whatever the optimizer of the descent."""
+    """Bi-LoRA with plain gradient ascent, Eq. (9, 10) as they are written, whatever the optimizer of the descent."""
     auxiliary = [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
     for p in auxiliary:
         p.grad = None

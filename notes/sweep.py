@@ -96,17 +96,17 @@ def draw(report, method, path):
     for i, j in np.ndindex(means.shape):
         colour = "white" if picture.norm(means[i, j]) < 0.5 else "black"
         axes.text(j, i, text_of(rows[i][j], "\n"), ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(x["values"])), x["values"])
-    axes.set_yticks(range(len(rows)), y["values"])
-    axes.set(xlabel=x["name"], ylabel=y["name"], title=method)
+    axes.set(xticks=range(len(x["values"])), xticklabels=x["values"], xlabel=x["name"],
+             yticks=range(len(rows)), yticklabels=y["values"], ylabel=y["name"], title=method)
     figure.savefig(path + ".tmp", format="png", dpi=100)
     os.replace(path + ".tmp", path)
 
 
 def print_table(report, method):
-    x, y = report["x"], report["y"] or {"name": report["metric"], "values": [""]}
+    x, y = report["x"], report["y"] or {"values": [report["metric"]]}
+    corner = f"{y['name']} \\ {x['name']}" if "name" in y else x["name"]
     print(f"\n{method}, {report['metric']}: mean ± standard error over {len(report['config']['seeds'])} seeds\n")
-    print(f"| {y['name']} \\ {x['name']} | " + " | ".join(map(str, x["values"])) + " |\n" + "|---" * (len(x["values"]) + 1) + "|")
+    print(f"| {corner} | " + " | ".join(map(str, x["values"])) + " |\n" + "|---" * (len(x["values"]) + 1) + "|")
     for value, row in zip(y["values"], rows_of(report, method)):
         print(f"| {value} | " + " | ".join(map(text_of, row)) + " |")
 
@@ -135,16 +135,14 @@ def main(argv=None):
     parser, script, axes, out, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
     cells = grid(script, axes, out, rest, parser)
     shared = {key: value for key, value in vars(cells[0].args).items() if key.replace("_", "-") not in (*axes, "out", "resume")}
-    methods, seeds = shared["method"], shared["seeds"]
-    runs = {(cell.name, method, seed): cell.args for cell, method, seed in itertools.product(cells, methods, seeds)}
+    runs = {(cell.name, *run): cell.args for cell, *run in itertools.product(cells, shared["method"], shared["seeds"])}
     folders = {key: os.path.join(out, key[0], f"{key[1]}-seed{key[2]}") for key in runs}
     try:
         largest = {key: max(getattr(args, key) for args in runs.values()) for key in ("rank", "aux_rank")}  # load() checks them
         experiment = script.load(argparse.Namespace(**{**vars(cells[0].args), **largest}))
         experiment.build, metric = built_once(experiment.build), experiment.metrics[0]
         configs = {key: run_config(args, *key[1:], experiment) for key, args in runs.items()}
-        finished = {key: finished_run(config, folders[key]) for key, config in configs.items()}
-        scores = {key: run["metrics"][metric] for key, run in finished.items() if run}
+        scores = {key: run["metrics"][metric] for key in runs if (run := finished_run(configs[key], folders[key]))}
         values = [list(dict.fromkeys(column)) for column in zip(*(cell.values for cell in cells))]
         x, y = [*({"name": name, "values": column} for name, column in zip(axes, values)), None][:2]
         report = {"x": x, "y": y, "metric": metric, "config": {"script": script.__name__, **shared}}
@@ -158,9 +156,9 @@ def main(argv=None):
                 except FloatingPointError as error:
                     scores[key] = None
                     tqdm.write("{}, {}, seed {}: {}".format(*key, error))
-            report["cells"] = summarize(cells, methods, seeds, scores)
+            report["cells"] = summarize(cells, shared["method"], shared["seeds"], scores)
             write_text(os.path.join(out, "sweep.json"), json.dumps(report, indent=2))
-        for method in methods:
+        for method in shared["method"]:
             draw(report, method, os.path.join(out, f"sweep-{method}.png"))
             print_table(report, method)
     except (ValueError, OSError) as error:

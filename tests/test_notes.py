@@ -1,0 +1,133 @@
+"""The notes say what the code does: equation table and tags agree, names and links exist, tables are those of the JSON files, the
+worked example is right."""
+
+import glob
+import inspect
+import os
+import re
+import sys
+
+import pytest
+import torch
+
+import bilora
+import model
+import train_glue
+import train_gsm8k
+
+HERE = os.path.dirname(__file__)
+NOTES = os.path.join(HERE, "..", "notes")
+sys.path.insert(0, NOTES)
+import measures  # noqa: E402
+import sharpness  # noqa: E402
+import sweep  # noqa: E402
+import tables  # noqa: E402
+
+MODULES = (bilora, measures, sharpness)
+PAGES = {os.path.basename(path): open(path, encoding="utf-8").read() for path in sorted(glob.glob(os.path.join(NOTES, "*.md")))}
+ROWS = {match[1]: (re.findall(r"`(\w+)`", match[2]), re.findall(r"`(\w+)`", match[3]))
+        for match in re.finditer(r"^\| \((\w+)\) \|[^|]*\|([^|]*)\|([^|]*)\|$", PAGES["README.md"], re.MULTILINE)}
+NUMBERS = [*map(str, range(1, 11)), *(f"A{i}" for i in (1, 2, 3, 6, 7, *range(16, 23)))]
+
+
+def tags(text):
+    """Equation numbers in "Eq. (3, 4)", "Eq. (8-10)" and in comments "# (9) ascent"."""
+    comments = [comment for comment in re.findall(r"#(.*)", text) if "Eq." not in comment]
+    groups = re.findall(r"Eq\. \(([^)]*)\)", text) + [g for comment in comments for g in re.findall(r"\((A?\d[^)]*)\)", comment)]
+    found = set()
+    for part in re.split(r",\s*", ", ".join(groups)):
+        for letter, first, last in re.findall(r"^(A?)(\d+)(?:-A?(\d+))?$", part.strip()):
+            found |= {f"{letter}{i}" for i in range(int(first), int(last or first) + 1)}
+    return found
+
+
+def tagged():
+    """{equation: names of the public functions and classes whose source has its tag}."""
+    found = {}
+    for module in MODULES:
+        for name, member in vars(module).items():
+            if getattr(member, "__module__", None) == module.__name__ and callable(member):
+                for tag in tags(inspect.getsource(member)) if "Eq. (n)" not in inspect.getsource(member) else []:
+                    found.setdefault(tag, set()).add(name)
+    return found
+
+
+def test_tags_are_read():
+    assert tags("Eq. (3, 4) x Eq. (A2, A3)\n  loss  # (8) descent, (9) ascent\n  x  # (10)\nEq. (8-10)") == {
+        "3", "4", "A2", "A3", "8", "9", "10"}
+
+
+def test_the_table_covers_the_equations():
+    assert list(ROWS) == NUMBERS
+
+
+def test_tags_and_table_agree():
+    """A function of the table has the tag, and a function with the tag is in the table."""
+    found = tagged()
+    assert set(found) == set(NUMBERS)
+    for number, (functions, _) in ROWS.items():
+        assert set(functions) == found[number], number
+
+
+def test_every_test_of_the_table_exists():
+    text = "".join(open(path, encoding="utf-8").read() for path in glob.glob(os.path.join(HERE, "test_*.py")))
+    for number, (_, tests) in ROWS.items():
+        assert tests, number
+        for test in tests:
+            assert f"\ndef {test}(" in text, (number, test)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_links_and_tests_in_the_notes_exist(page):
+    text = PAGES[page]
+    known = [set(vars(module)) for module in (bilora, model, train_glue, train_gsm8k, measures, sharpness, sweep)]
+    for line in re.findall(r"^Code: (.*?)\n\n", text, re.DOTALL | re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", line):
+            assert any(name in names for names in known), name
+    tests = "".join(open(path, encoding="utf-8").read() for path in glob.glob(os.path.join(HERE, "test_*.py")))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"\ndef {name}(" in tests, name
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert target.startswith("http") or os.path.exists(os.path.join(NOTES, target)), target
+    for target, anchor in re.findall(r"\]\(([^)#]+)#([^)]*)\)", text):
+        titles = re.findall(r"^#+ (.*)$", PAGES[target], re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles], anchor
+
+
+def test_each_note_has_code_something_measured_and_exercises():
+    notes = [text for name, text in PAGES.items() if re.match(r"[1-6]_", name)]
+    assert len(notes) == 6 and re.match(r"7_", sorted(PAGES)[6])
+    for text in notes:
+        assert "\nCode: " in text and "\n## Measured" in text
+        assert text.count("![") + text.count("<!-- table:") + text.count("7_results.md#") > 0
+        assert 2 <= len(re.findall(r"^\d\. ", text.split("## Exercises")[1], re.MULTILINE)) <= 3
+
+
+def test_the_tables_are_what_was_measured():
+    numbers = tables.measured()
+    for name, text in PAGES.items():
+        assert tables.filled(text, numbers) == text, f"{name}: run python notes/tables.py"
+    assert sum(text.count("<!-- table:") for text in PAGES.values()) > 5
+
+
+def test_a_table():
+    entry = lambda mean, **more: {"value": {"mean": mean, "stderr": 0.25, "n": 3}, **more}
+    numbers = {"x": {"c": {"up": {"lora": entry(2.0), "bi-lora": entry(1.0, minus_lora={"mean": -1.0, "stderr": 0.5, "n": 3})},
+                           "down": {"lora": entry(9.0)}}}}
+    assert tables.table('x c * "up"', numbers) == (
+        "|  | lora | bi-lora |\n|---|---|---|\n| up | 2 ± 0.25 | 1 ± 0.25 (-1 ± 0.5) |\n")
+
+
+def test_the_worked_example():
+    """What the comments of the example say, by the singular values of G."""
+    (block,) = re.findall(r"```python\n(.*?)```", PAGES["5_proposition_3.md"], re.DOTALL)
+    scope = {"torch": torch}
+    exec(block, scope)
+    G, said = scope["G"], {}
+    for name, norm, gain in (("right_1", 1, 4), ("right_2", 1, 5), ("papers", 1.414, 7), ("inside", 1, 4.950)):
+        assert scope[name].norm().item() == pytest.approx(norm, abs=1e-3)
+        assert (G * scope[name]).sum().item() == pytest.approx(gain, abs=1e-3)
+        said[name] = gain
+    sigma = torch.linalg.svdvals(G)
+    assert said["right_1"] == pytest.approx(sigma[0].item()) and said["right_2"] == pytest.approx(sigma.norm().item())
+    assert said["papers"] == pytest.approx(sigma.sum().item()) and said["inside"] < said["right_2"]
