@@ -387,9 +387,10 @@ MEASURES = {"a": measure_a, "contour": measure_contour, "b": measure_b, "c": mea
             "f": measure_f}
 
 
-def wanted(run, part, first):
-    """Is this part measured in this run?"""
-    return {"contour": run.seed == first, "e": run.method != "lora", "f": run.method == "bi-lora"}.get(part, True)
+def wanted(run, part, seeds, options):
+    """Is this part measured in this run?  seeds: those of the task's runs, in order."""
+    return {"contour": run.seed == seeds[0], "e": run.method != "lora",
+            "f": run.method == "bi-lora" and run.seed in seeds[:options.ascent_seeds]}.get(part, True)
 
 
 def measure(runs, options):
@@ -398,8 +399,8 @@ def measure(runs, options):
     for run in runs:
         path = os.path.join(run.folder, "sharpness.json")
         run.known = read_json(path) if os.path.exists(path) else {}
-        first = min(r.seed for r in runs if r.task == run.task)
-        for part in [part for part in options.parts if wanted(run, part, first)]:
+        seeds = sorted({r.seed for r in runs if r.task == run.task})
+        for part in [part for part in options.parts if wanted(run, part, seeds, options)]:
             settings = {name: getattr(options, name) for name in SETTINGS[part]}
             settings["run"] = os.stat(os.path.join(run.folder, "metrics.json")).st_mtime_ns
             jobs.append((run, part, settings))
@@ -658,6 +659,7 @@ def parse_arguments(argv):
     parser.add_argument("--iterations", type=number(int, 1), default=15, help="c: of the power iteration (default: %(default)s)")
     parser.add_argument("--moments", type=number(int, 1), default=5, help="e: snapshots (default: %(default)s)")
     parser.add_argument("--batches", type=number(int, 1), default=4, help="e: training batches (default: %(default)s)")
+    parser.add_argument("--ascent-seeds", type=number(int, 1), default=3, help="f: Bi-LoRA's first seeds only (default: %(default)s)")
     parser.add_argument("--ascent-epochs", type=number(int, 0), default=0, help="f: epochs of its trainings (default: 0, the run's)")
     return parser, parser.parse_args(argv)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilora
-from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizer, bilora_step,
+from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizer, bilora_power_step, bilora_step,
                     clip_perturbation_, lora_layers, lora_sam_step, lora_step, perturbation_norm,
                     primary_parameters)
 
@@ -725,10 +725,11 @@ def test_negative_radius(batch, step):
 # ------------------------------------------------------------------------------------------ NaN and infinity
 
 STEPS = {"LoRA": lambda n, o, c: lora_step(o, c), "LoRA-SAM": lambda n, o, c: lora_sam_step(o, c, 0.05),
-         "Bi-LoRA": lambda n, o, c: bilora_step(o, c, lora_layers(n), 0.05)}
+         "Bi-LoRA": lambda n, o, c: bilora_step(o, c, lora_layers(n), 0.05),
+         "Bi-LoRA, power rule": lambda n, o, c: bilora_power_step(o, c, lora_layers(n), 0.05)}
 
 
-@pytest.mark.parametrize("method, bad_pass", [("LoRA", 1), ("LoRA-SAM", 1), ("LoRA-SAM", 2), ("Bi-LoRA", 1)])
+@pytest.mark.parametrize("method, bad_pass", [("LoRA", 1), ("LoRA-SAM", 1), ("LoRA-SAM", 2), ("Bi-LoRA", 1), ("Bi-LoRA, power rule", 1)])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_finite(batch, method, bad_pass, value, where):
@@ -804,7 +805,7 @@ def test_the_norm_of_bfloat16_gradients_is_not_rounded_to_bfloat16():
 
 @pytest.mark.parametrize("method", STEPS)
 def test_training_lowers_the_loss_and_leaves_the_base_alone(batch, method):
-    net = adapted(aux_rank=2 if method == "Bi-LoRA" else 0, spread=0.1).float()
+    net = adapted(aux_rank=2 if method.startswith("Bi-LoRA") else 0, spread=0.1).float()
     batch = (batch[0].float(), batch[1])
     optimizer, before = bilora_optimizer(net, 0.05), snapshot(net)
     losses = [STEPS[method](net, optimizer, closure_of(net, batch)).item() for _ in range(100)]
@@ -813,7 +814,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(batch, method):
     for name in before:
         moved = not torch.equal(after[name], before[name])
         assert moved == ("lora" in name or "aux" in name), name
-    if method == "Bi-LoRA":
+    if method.startswith("Bi-LoRA"):
         assert perturbation_norm(lora_layers(net)).item() == pytest.approx(0.05, rel=1e-5)  # float32
 
 

@@ -384,7 +384,7 @@ def test_a_run_of_each_method(glue_folder, method, capsys):
     report = main([*RUN, "--method", method, "--seeds", "0", "1", "--out", "out", "--rho", "0.02", "0.03"])
     (task_line, parameters, *_) = capsys.readouterr().out.splitlines()
     adapted = 2 * (4 * 2 * (16 + 16) + 2 * (16 + 32) * 2) + 2 * (16 + 16)  # 2 blocks of q, k, v, o, up, down; the pooler
-    auxiliary = adapted * 3 // 2 if method == "bi-lora" else 0
+    auxiliary = adapted * 3 // 2 if method.startswith("bi-lora") else 0
     assert report == json.loads((glue_folder / "out/metrics.json").read_text())
     assert report["summary"][method]["accuracy"]["n"] == 2 and report["majority"].keys() == {"accuracy", "f1"}
     for run in report["results"]:
@@ -407,6 +407,8 @@ def test_a_run_of_each_method(glue_folder, method, capsys):
             assert norms == [0] * 6
         elif method == "lora-sam":
             assert norms == pytest.approx([0.02] * 6, rel=1e-3)  # read off float32 weights
+        elif method == "bi-lora-power":  # on the sphere in every step, and never clipped
+            assert norms == pytest.approx([0.03] * 6, rel=1e-5) and not any(row["clipped"] for row in log)
         else:
             assert 0 < norms[0] and max(norms) <= 0.03 * (1 + 1e-5)
             assert [row["clipped"] for row in log] == [norm > 0.03 * (1 - 1e-5) for norm in norms]

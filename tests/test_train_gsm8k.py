@@ -265,7 +265,7 @@ RUN = ["--task", "gsm8k", "--model", "llama", "--data", "data", "--rank", "2", "
 def test_runs_of_all_methods(folders, capsys):
     report = main([*RUN, "--out", "out", "--merge"])
     printed = capsys.readouterr().out
-    assert report["summary"].keys() == set(METHODS) and report["summary"]["lora"].keys() == {"accuracy", "flexible", "no_marker"}
+    assert report["summary"].keys() == set(METHODS[:3]) and report["summary"]["lora"].keys() == {"accuracy", "flexible", "no_marker"}
     assert "A few generations:" in printed and "| accuracy " in printed and "| no_marker" in printed
     for run in report["results"]:
         folder = folders / "out" / f"{run['method']}-seed0"
