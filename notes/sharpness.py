@@ -135,8 +135,13 @@ class Run:
 
     def put(self, path):
         """Give the model the weights of a snapshot."""
-        saved, own = torch.load(path, map_location="cpu", weights_only=True), train_glue.trained_tensors(self.model)
-        if saved.keys() != own.keys():
+        own = train_glue.trained_tensors(self.model)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            fits = {name: t.shape for name, t in saved.items()} == {name: t.shape for name, t in own.items()}
+        except Exception as error:  # whatever a broken file makes the unpickler stumble over
+            raise ValueError(f"{path}: not a snapshot ({type(error).__name__})") from None
+        if not fits:
             raise ValueError(f"{path}: holds other tensors than the run's model; expected a snapshot of this run")
         with torch.no_grad():
             for name, tensor in own.items():
@@ -164,12 +169,13 @@ def load_runs(options):
     runs, experiments = [], {}
     for folder in [folder for path in options.run for folder in run_folders(path)]:
         config = read_json(os.path.join(folder, "config.json"))
-        missing = [key for key in ("method", "seed", "rho", "task", "files") if key not in config]
-        if missing:
-            raise ValueError(f"{os.path.join(folder, 'config.json')}: no {missing[0]!r}; expected a run's settings")
-        args = argparse.Namespace(**{**config, "rho": [config["rho"]], "method": [config["method"]], "device": options.device,
-                                     "bf16": False, "micro_batch": None, "eval_batch_size": 250})
         script = train_gsm8k if "max_new_tokens" in config else train_glue
+        options_of = vars(script.parse_arguments([])[1]).keys() - train_glue.NOT_IN_CONFIG
+        for key in sorted(options_of | {"method", "seed", "rho", "files"}):
+            if key not in config:
+                raise ValueError(f"{os.path.join(folder, 'config.json')}: no {key!r}; expected a run of this version")
+        args = argparse.Namespace(**{**config, "rho": [config["rho"]], "method": [config["method"]], "device": options.device,
+                                     "bf16": False, "micro_batch": None, "checkpointing": False, "eval_batch_size": 250})
         key = json.dumps({name: value for name, value in config.items() if name not in ("method", "seed", "rho")})
         if key not in experiments:
             base = argparse.Namespace(**{**vars(args), "bf16": config["bf16"] if config["task"] == "embedded" else False})
@@ -401,6 +407,8 @@ def measure(runs, options):
         run.known = read_json(path) if os.path.exists(path) else {}
         seeds = sorted({r.seed for r in runs if r.task == run.task})
         for part in [part for part in options.parts if wanted(run, part, seeds, options)]:
+            if part in "de":
+                run.snapshots()  # before hours of work, if there are none
             settings = {name: getattr(options, name) for name in SETTINGS[part]}
             settings["run"] = os.stat(os.path.join(run.folder, "metrics.json")).st_mtime_ns
             jobs.append((run, part, settings))

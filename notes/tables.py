@@ -1,4 +1,4 @@
-"""Write the measured tables into the notes: every number between two marks comes from a JSON file that sharpness.py wrote.
+"""Write the measured tables into the notes and README: every number between two marks comes from a JSON file that sharpness.py wrote.
 
     python notes/sharpness.py runs/embedded --out notes/figures && python notes/tables.py
 
@@ -53,7 +53,7 @@ def filled(text, numbers):
 
 
 def main():
-    for path in sorted(glob.glob(os.path.join(NOTES, "*.md"))):
+    for path in [*sorted(glob.glob(os.path.join(NOTES, "*.md"))), os.path.join(NOTES, "..", "README.md")]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         write_text(path, filled(text, measured()))

@@ -20,8 +20,8 @@ README = open(os.path.join(os.path.dirname(__file__), "..", "README.md"), encodi
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_three_steps_are_the_functions_lines():
-    for block, function in zip(BLOCKS, (bilora.lora_step, bilora.lora_sam_step, bilora.bilora_step), strict=False):
+def test_the_steps_are_the_functions_lines():
+    for block, function in zip(BLOCKS, (bilora.lora_step, bilora.lora_sam_step, bilora.bilora_step, bilora.bilora_power_step), strict=False):
         source = inspect.getsource(function)
         for line in block.splitlines():
             assert line.split("#")[0].strip() in source, (function.__name__, line)
@@ -40,7 +40,7 @@ def test_the_example_trains_a_model():
         return loss
 
     model.eval()
-    example = BLOCKS[3].replace("lr=5e-4", "lr=5e-2").replace("rank=8", "rank=4")  # small layers, few steps
+    example = BLOCKS[4].replace("lr=5e-4", "lr=5e-2").replace("rank=8", "rank=4")  # small layers, few steps
     exec(example, {**vars(bilora), "model": model, "batches": batches, "backward": backward})
     assert losses[-1] < 0.7 * losses[0]
 
@@ -59,7 +59,7 @@ def test_the_adapter_of_a_run_predicts(tmp_path, monkeypatch, capsys):
     main(["--task", "mrpc", "--model", name, "--data", ".", "--method", "bi-lora", "--seeds", "0", "--rank", "2", "--aux-rank", "2",
           "--max-length", "12", "--merge", "--lr", "0.1", "--epochs", "2", "--device", "cpu"])
     capsys.readouterr()
-    example = BLOCKS[4].replace("sentence-transformers/all-MiniLM-L6-v2", name).replace("rank=8", "rank=2")
+    example = BLOCKS[5].replace("sentence-transformers/all-MiniLM-L6-v2", name).replace("rank=8", "rank=2")
     scope = {}
     exec(example, scope)
     merged = Transformer.from_pretrained("runs/mrpc/bi-lora-seed0/merged", num_labels=2)
@@ -71,7 +71,7 @@ def test_the_adapter_of_a_run_predicts(tmp_path, monkeypatch, capsys):
 def test_the_adapter_of_peft_goes_through(tmp_path, monkeypatch):
     golden = os.path.join(os.path.dirname(__file__), "golden", "qwen2")
     monkeypatch.chdir(tmp_path)
-    example = BLOCKS[6].replace("meta-llama/Llama-3.2-1B", golden).replace("peft_adapter", os.path.join(golden, "peft"))
+    example = BLOCKS[7].replace("meta-llama/Llama-3.2-1B", golden).replace("peft_adapter", os.path.join(golden, "peft"))
     exec(example.replace("rank=8, alpha=16", "rank=2, alpha=6").replace("(q|v)", "(k|v)"), {})
     assert torch.load("same_adapter/adapter_model.bin", weights_only=True).keys() == read_safetensors(
         os.path.join(golden, "peft", "adapter_model.safetensors")).keys()
@@ -81,6 +81,6 @@ def test_names_and_options_exist():
     for name in re.findall(r"`(\w+)\(", README):
         assert hasattr(bilora, name) or name in ("closure", "backward"), name
     helps = [module.parse_arguments([])[0].format_help() for module in (train_glue, train_gsm8k)]
-    for option in re.findall(r"--[a-z][a-z0-9-]+", README):
+    for option in re.findall(r"--[a-z][a-z0-9-]+", re.sub("<!--|-->", "", README)):
         assert any(option in text for text in helps), option
     assert all(task in README for task in TASKS)
