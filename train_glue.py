@@ -1028,7 +1028,7 @@ def compare(parser, args, experiment):
 
 def forget(folder):
     """Of an earlier run in this folder, what would be taken for this one's."""
-    for name in ("metrics.json", "state.pt"):
+    for name in ("metrics.json", "state.pt", "sharpness.json"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
     for name in ("merged", "snapshots"):

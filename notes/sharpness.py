@@ -12,7 +12,8 @@ RUN is the --out of a command, or one run folder in it; several are taken togeth
   f  the ascent by itself: trains again, with several rules for the auxiliary pair, and watches each step
 d and e need runs with --snapshots.  Training rows, directions and batches are drawn from --seed: they are the same for
 every method of a seed.  All is computed in float32.  Each run folder keeps what was measured in it (sharpness.json), and
-a second command measures only what is not there; --out gets one JSON file and the pictures of each task.
+a second command measures only what is not there; --out gets one JSON file and the pictures of each task.  --cached draws
+everything that was measured before, of all tasks, in one command.
 """
 
 import argparse
@@ -177,6 +178,8 @@ def load_runs(options):
         args = argparse.Namespace(**{**config, "rho": [config["rho"]], "method": [config["method"]], "device": options.device,
                                      "bf16": False, "micro_batch": None, "checkpointing": False, "eval_batch_size": 250})
         key = json.dumps({name: value for name, value in config.items() if name not in ("method", "seed", "rho")})
+        if options.cached:
+            experiments[key] = None
         if key not in experiments:
             base = argparse.Namespace(**{**vars(args), "bf16": config["bf16"] if config["task"] == "embedded" else False})
             experiments[key] = script.load(base)
@@ -400,30 +403,34 @@ def wanted(run, part, seeds, options):
 
 
 def measure(runs, options):
-    """{task: {part: {method: {seed: result}}}}, from the run folders where it is there already."""
-    results, jobs = {}, []
+    """({task: {part: {method: {seed: result}}}}, {task: {part: the settings it was measured with}})."""
+    results, used = {}, {}
+    todo = []
     for run in runs:
+        seeds = sorted({other.seed for other in runs if other.task == run.task})
+        parts = [part for part in options.parts if wanted(run, part, seeds, options)]
+        if {"d", "e"} & set(parts) and not options.cached:
+            run.snapshots()  # before hours of work, if there are none
+        todo.append((run, parts))
+    for run, parts in (bar := tqdm(todo, disable=None)):
         path = os.path.join(run.folder, "sharpness.json")
-        run.known = read_json(path) if os.path.exists(path) else {}
-        seeds = sorted({r.seed for r in runs if r.task == run.task})
-        for part in [part for part in options.parts if wanted(run, part, seeds, options)]:
-            if part in "de":
-                run.snapshots()  # before hours of work, if there are none
+        known = read_json(path) if os.path.exists(path) else {}
+        for part in parts:
+            bar.set_description(f"{run.task}, {run.method}, seed {run.seed}, part {part}")
             settings = {name: getattr(options, name) for name in SETTINGS[part]}
-            settings["run"] = os.stat(os.path.join(run.folder, "metrics.json")).st_mtime_ns
-            jobs.append((run, part, settings))
-    for run, part, settings in (bar := tqdm(jobs, disable=None)):
-        bar.set_description(f"{run.task}, {run.method}, seed {run.seed}, part {part}")
-        if run.known.get(part, {}).get("settings") != settings:
-            result = MEASURES[part](run, options)
-            if part in "def":
-                run.drop()  # its weights are those of a snapshot now
-            run.known[part] = {"settings": settings, "result": result}
-            write_text(os.path.join(run.folder, "sharpness.json"), json.dumps(run.known))
-        results.setdefault(run.task, {}).setdefault(part, {}).setdefault(run.method, {})[run.seed] = run.known[part]["result"]
-        if run is not jobs[min(len(jobs) - 1, bar.n + 1)][0]:
-            run.drop()
-    return results
+            if not options.cached and known.get(part, {}).get("settings") != settings:
+                known[part] = {"settings": settings, "result": MEASURES[part](run, options)}
+                write_text(path, json.dumps(known))
+                if part in "def":
+                    run.drop()  # its weights are those of a snapshot now
+            if part in known:
+                result, settings = known[part]["result"], known[part]["settings"]
+                results.setdefault(run.task, {}).setdefault(part, {}).setdefault(run.method, {})[run.seed] = result
+                first = used.setdefault(run.task, {}).setdefault(part, settings)
+                if first != settings:
+                    raise ValueError(f"{path}: part {part} was measured with {settings}, that of another run with {first}")
+        run.drop()
+    return results, used
 
 
 # ------------------------------------------------------------------------------ pictures
@@ -512,7 +519,8 @@ def draw_c(results, path):
 
 
 def draw_d(results, path):
-    _, ((*axes,),), write = picture(path, 4)
+    _, axes, write = picture(path, 2, 2)
+    axes = axes.flatten()
     for key, label in (("B_epsA", "s B eps_A"), ("epsB_A", "s eps_B A"), ("epsB_epsA", "s eps_B eps_A"), ("ratio", "first two / third")):
         for runs in [results[method] for method in results if method == "lora-sam"]:
             band(axes[0], steps_of(runs), [run[key] for run in runs.values()], label, linestyle="--" if key == "ratio" else "-")
@@ -652,6 +660,8 @@ def parse_arguments(argv):
     parser.add_argument("run", nargs="+", metavar="RUN", help="the --out of train_glue.py or train_gsm8k.py, or a run folder in it")
     parser.add_argument("--parts", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
     parser.add_argument("--out", help="folder of the pictures, tables and numbers (default: the first RUN)")
+    parser.add_argument("--cached", action=argparse.BooleanOptionalAction, default=False,
+                        help="measure nothing: draw what the run folders hold, with the settings it was measured with")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of rows, directions and batches (default: %(default)s)")
     parser.add_argument("--device", type=train_glue.device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--rows", type=number(int, 1), default=128, help="training rows that the loss is measured on (default: %(default)s)")
@@ -676,7 +686,7 @@ def main(argv=None):
     parser, options = parse_arguments(argv)
     try:
         runs = load_runs(options)
-        results = measure(runs, options)
+        results, used = measure(runs, options)
         out, report = options.out or options.run[0], {}
         os.makedirs(out, exist_ok=True)
         for task, parts in results.items():
@@ -686,7 +696,7 @@ def main(argv=None):
                 draw(ordered, os.path.join(out, f"{task}-{name}.png"))
                 parts[part] = ordered
             text, numbers = tables(parts, [run for run in runs if run.task == task])
-            report[task] = {"config": vars(options), "runs": [run.folder for run in runs if run.task == task], "tables": numbers, "measured": parts}
+            report[task] = {"settings": used[task], "runs": [run.folder for run in runs if run.task == task], "tables": numbers, "measured": parts}
             write_text(os.path.join(out, f"{task}-sharpness.json"), json.dumps(report[task]))
             write_text(os.path.join(out, f"{task}-sharpness.md"), f"# {task}: what sharpness.py measured\n{text}")
             print(f"{task}\n{text}")

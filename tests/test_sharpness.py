@@ -78,8 +78,25 @@ def test_all_parts_of_all_methods(capsys, monkeypatch):
     monkeypatch.setattr(sharpness, "MEASURES", {part: measured_again for part in sharpness.MEASURES})
     again = sharpness.main(["out", *SMALL, "--out", "figures"])
     assert again["embedded"]["tables"] == report["embedded"]["tables"]
+    cached = sharpness.main(["out", "--cached", "--rows", "3", "--out", "redrawn"])["embedded"]  # with its own settings
+    assert cached == again["embedded"] and cached["settings"]["c"]["rows"] == 12
     with pytest.raises(AssertionError):
         sharpness.main(["out", *SMALL, "--out", "figures", "--seed", "1"])
+
+
+def test_what_was_measured_goes_with_the_run(tmp_path, monkeypatch, capsys):
+    """A run that is made anew in the same folder has no old measurements; mixed settings are not drawn together."""
+    shutil.copytree("out", tmp_path / "out")
+    shutil.copytree("runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    for seed, rows in (("0", "4"), ("1", "5")):
+        sharpness.main([f"out/lora-seed{seed}", *SMALL, "--rows", rows, "--parts", "c", "--out", "figures"])
+    with pytest.raises(SystemExit) as stopped:
+        sharpness.main(["out", "--cached", "--out", "mixed"])
+    assert stopped.value.code == 2 and "was measured with {'rows': 4" in capsys.readouterr().err
+    assert not os.path.exists("mixed")
+    train_glue.main([*RUN, "--method", "lora", "--seeds", "1", "--out", "out"])
+    assert os.path.exists("out/lora-seed0/sharpness.json") and not os.path.exists("out/lora-seed1/sharpness.json")
 
 
 def test_mean_and_standard_error_over_seeds():
@@ -215,19 +232,25 @@ def test_runs_of_the_other_script(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("argv, named", [
     (["nowhere"], "nowhere"), (["empty"], "no finished run"), (["out", "--parts", "z"], "'z'"), (["out", "--rows", "0"], "'0'"),
-    (["bare"], "no snapshots"), (["other"], "the run read"), (["broken"], "not a JSON object")])
+    (["bare"], "no snapshots"), (["other"], "the run read"), (["broken"], "not a JSON object"), (["older"], "no 'momentum'"),
+    (["torn"], "not a snapshot"), (["foreign"], "other tensors")])
 def test_wrong_input_is_one_line(argv, named, capsys, folder):
     os.makedirs("empty", exist_ok=True)
-    for name in ("bare", "other", "broken"):
+    for name in ("bare", "other", "broken", "older", "torn", "foreign"):
         shutil.rmtree(name, ignore_errors=True)
         shutil.copytree("out/lora-seed0", name, ignore=shutil.ignore_patterns("sharpness.json"))
     shutil.rmtree("bare/snapshots")
     config = json.load(open("other/config.json"))
     config["files"][0][1] += 1
     json.dump(config, open("other/config.json", "w"))
+    config = json.load(open("older/config.json"))
+    del config["momentum"]
+    json.dump(config, open("older/config.json", "w"))
     open("broken/config.json", "w").write("[")
+    open("torn/snapshots/step-000006.pt", "w").write("torn")
+    torch.save({}, "foreign/snapshots/step-000006.pt")
     with pytest.raises(SystemExit) as stopped:
-        sharpness.main([*argv, *SMALL[:2], *(["--parts", "d"] if argv == ["bare"] else []), "--out", "nothing"] if len(argv) == 1 else argv)
+        sharpness.main([*argv, *SMALL[:2], *(["--parts", "d"] if argv[0] in ("bare", "torn", "foreign") else []), "--out", "nothing"] if len(argv) == 1 else argv)
     message = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and named in message and "Traceback" not in message
     assert not os.path.exists("nothing")
