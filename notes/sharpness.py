@@ -28,26 +28,24 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import train_glue  # noqa: E402
 import train_gsm8k  # noqa: E402
-from bilora import (add_lora, auxiliary_parameters, bilora_power_step, bilora_step, clip_perturbation_,  # noqa: E402
-                    load_adapter, lora_layers, lora_step, primary_parameters)
-from measures import (best_rank_energy, contour, cosine, effective_rank, filter_normalised, gradient, inner,  # noqa: E402
+from bilora import (bilora_power_step, bilora_step, clip_perturbation_, load_adapter, lora_layers, lora_step,  # noqa: E402
+                    primary_parameters)
+from measures import (best_rank_energy, contour, cosine, effective_rank, filter_normalised, gradient,  # noqa: E402
                       landscape, lora_sam_terms, loss_of, low_rank_cosine, moved, norm, reachable_energy, scaled,
                       top_eigenvalue, with_gradients, worst_case)
-from train_glue import METHODS, batch_order, cosine_schedule, forward_backward, mean_stderr, number, read_json, write_text  # noqa: E402
+from pictures import DRAWINGS, LAGS  # noqa: E402
+from tables import SPACES, tables  # noqa: E402
+from train_glue import METHODS, batch_order, cosine_schedule, forward_backward, number, read_json, write_text  # noqa: E402
 
 SETTINGS = {  # what the result of each part depends on, beside the run
     "a": ("rows", "seed", "directions", "points", "span"), "contour": ("rows", "seed", "grid", "span"),
     "b": ("rows", "seed", "alphas", "eval_rows"), "c": ("rows", "seed", "radii", "steps", "iterations"),
     "d": ("seed",), "e": ("rows", "seed", "moments", "batches"), "f": ("rows", "seed", "ascent_epochs")}
-SPACES = ("LoRA", "full")
-COLOURS = {"lora": "C0", "lora-sam": "C1", "bi-lora": "C2", "bi-lora-power": "C3"}
-LAGS = (1, 2, 4, 8, 16, 32)
 
 
 # ------------------------------------------------------------------------------ a run
@@ -193,25 +191,26 @@ def load_runs(options):
 # ------------------------------------------------------------------------------ the parts, for one run
 
 
-def measure_a(run, options):
-    """{space: {"alphas", "losses": a list a direction}}."""
-    losses, result = run.losses(run.sample), {}
+def random_directions(run, options, count, points):
+    """For each space its name, the tensors that move, `count` directions and the alphas along them."""
     for space, span in zip(SPACES, options.span):
         params, weights = run.space(space)
-        generator, alphas = run.generator(), np.linspace(-span, span, options.points).tolist()
-        result[space] = {"alphas": alphas, "losses": [
-            landscape(losses, params, filter_normalised(weights, generator), alphas) for _ in range(options.directions)]}
-    return result
+        generator = run.generator()
+        yield space, params, [filter_normalised(weights, generator) for _ in range(count)], np.linspace(-span, span, points).tolist()
+
+
+def measure_a(run, options):
+    """{space: {"alphas", "losses": a list a direction}}."""
+    losses = run.losses(run.sample)
+    return {space: {"alphas": alphas, "losses": [landscape(losses, params, direction, alphas) for direction in directions]}
+            for space, params, directions, alphas in random_directions(run, options, options.directions, options.points)}
 
 
 def measure_contour(run, options):
-    losses, result = run.losses(run.sample), {}
-    for space, span in zip(SPACES, options.span):
-        params, weights = run.space(space)
-        generator, alphas = run.generator(), np.linspace(-span, span, options.grid).tolist()
-        one, two = (filter_normalised(weights, generator) for _ in range(2))
-        result[space] = {"alphas": alphas, "losses": contour(losses, params, one, two, alphas)}
-    return result
+    """{space: {"alphas", "losses": a list for each alpha of the second direction}}."""
+    losses = run.losses(run.sample)
+    return {space: {"alphas": alphas, "losses": contour(losses, params, *directions, alphas)}
+            for space, params, directions, alphas in random_directions(run, options, 2, options.grid)}
 
 
 def measure_b(run, options):
@@ -433,225 +432,6 @@ def measure(runs, options):
     return results, used
 
 
-# ------------------------------------------------------------------------------ pictures
-
-
-def picture(path, columns, rows=1, height=3.2):
-    """(figure, its axes row by row, a function that writes it)."""
-    figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-
-    def write():
-        figure.savefig(path + ".tmp", format="png", dpi=90)
-        os.replace(path + ".tmp", path)
-    return figure, axes, write
-
-
-def band(axis, x, curves, label, **style):
-    """The mean of some curves, with a band of one standard error; what is None is left out."""
-    curves = np.array(curves, dtype=float)
-    kept = ~np.isnan(curves).any(0)
-    x, curves = np.array(x)[kept], curves[:, kept]
-    mean = curves.mean(0)
-    (line,) = axis.plot(x, mean, label=label, **style)
-    if len(curves) > 1:
-        error = curves.std(0, ddof=1) / math.sqrt(len(curves))
-        axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
-
-
-def named(axis, x, y, title=""):
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.set_title(title, fontsize=10)
-
-
-def draw_a(results, path):
-    _, ((*axes,),), write = picture(path, 2)
-    for axis, space in zip(axes, SPACES):
-        for method, runs in results.items():
-            curves = [np.mean(run[space]["losses"], 0) for run in runs.values()]
-            band(axis, next(iter(runs.values()))[space]["alphas"], curves, method, color=COLOURS[method])
-        named(axis, "alpha", "training loss", f"{space} space")
-    axes[0].legend()
-    write()
-
-
-def draw_contour(results, path):
-    _, axes, write = picture(path, len(results), 2)
-    for row, space in zip(axes, SPACES):
-        runs = {method: next(iter(seeds.values()))[space] for method, seeds in results.items()}
-        top = max(np.max(run["losses"]) for run in runs.values())
-        for axis, (method, run) in zip(row, runs.items()):
-            drawn = axis.contour(run["alphas"], run["alphas"], run["losses"], levels=np.linspace(0, top, 16))
-            axis.clabel(drawn, fontsize=7)
-            named(axis, "first direction", "second direction", f"{method}, {space} space")
-    write()
-
-
-def draw_b(results, path):
-    metric = [key for key in next(iter(next(iter(results.values())).values()))["full"] if key not in ("alphas", "loss")][0]
-    _, axes, write = picture(path, 2, 2)
-    for row, space in zip(axes, SPACES):
-        for axis, key in zip(row, ("loss", metric)):
-            for method, runs in results.items():
-                band(axis, next(iter(runs.values()))[space]["alphas"], [run[space][key] for run in runs.values()], method,
-                     color=COLOURS[method], marker=".")
-            named(axis, "alpha", "training loss" if key == "loss" else f"{key}, evaluation set", f"{space} space")
-    axes[0, 0].legend()
-    write()
-
-
-def draw_c(results, path):
-    _, axes, write = picture(path, 2, 2)
-    for row, space in zip(axes, SPACES):
-        for i, (method, runs) in enumerate(results.items()):
-            band(row[0], next(iter(runs.values()))[space]["radii"], [run[space]["increase"] for run in runs.values()], method,
-                 color=COLOURS[method], marker=".")
-            values = mean_stderr([run[space]["eigenvalue"] for run in runs.values()])
-            row[1].bar([i], [values["mean"]], yerr=[values["stderr"] or 0], color=COLOURS[method])
-        row[1].set_xticks(range(len(results)), list(results), fontsize=8)
-        named(row[0], "radius", "worst loss increase", f"{space} space")
-        row[0].set_xscale("log")
-        row[0].set_yscale("log")
-        named(row[1], "", "largest Hessian eigenvalue", f"{space} space")
-    axes[0, 0].legend()
-    write()
-
-
-def draw_d(results, path):
-    _, axes, write = picture(path, 2, 2)
-    axes = axes.flatten()
-    for key, label in (("B_epsA", "s B eps_A"), ("epsB_A", "s eps_B A"), ("epsB_epsA", "s eps_B eps_A"), ("ratio", "first two / third")):
-        for runs in [results[method] for method in results if method == "lora-sam"]:
-            band(axes[0], steps_of(runs), [run[key] for run in runs.values()], label, linestyle="--" if key == "ratio" else "-")
-    axes[0].set_yscale("log")
-    named(axes[0], "step", "norm", "LoRA-SAM's perturbation")
-    for axis, method in zip(axes[1:], ("lora-sam", "bi-lora", "bi-lora-power")):
-        runs = results.get(method, {})
-        for key, label in (("B", "B1"), ("A", "A1"), ("primary", "B1 A1"), ("auxiliary", "B2 A2"), ("between", "B1 A1 with B2 A2")):
-            if runs and key in next(iter(runs.values())) and (method == "lora-sam" or key not in "BA"):
-                band(axis, steps_of(runs), [run[key] for run in runs.values()], label)
-        named(axis, "step", "cosine with last value", method)
-    for axis in axes:
-        if axis.lines:
-            axis.legend(fontsize=8)
-    write()
-
-
-def steps_of(runs):
-    return next(iter(runs.values()))["step"]
-
-
-def draw_e(results, path):
-    _, axes, write = picture(path, 2, 2)
-    for axis, (key, label) in zip(axes.flat, (("cosine_batch", "cosine with G of the batch"), ("cosine_sample", "cosine with G over the sample"),
-                                              ("gain_batch", "share of SAM's increase, batch"), ("gain_sample", "share of SAM's increase, sample"))):
-        for method, runs in results.items():
-            runs = {seed: run for seed, run in runs.items() if run}
-            for prefix, style in (("", "-"), ("random_", ":")):
-                if runs:
-                    band(axis, steps_of(runs), [run[prefix + key] for run in runs.values()], method if not prefix else None,
-                         color=COLOURS[method], linestyle=style)
-        axis.axhline(0, color="grey", linewidth=0.5)
-        named(axis, "step", label)
-    axes[0, 0].legend(title="dotted: random", fontsize=8)
-    write()
-
-
-def draw_f(results, path):
-    _, axes, write = picture(path, 2, 2)
-    (runs,) = results.values()
-    for rule in next(iter(runs.values())):
-        curves = [run[rule] for run in runs.values()]
-        steps = range(len(curves[0]["rank"]))
-        for axis, key in ((axes[0, 0], "rank"), (axes[0, 1], "final")):
-            band(axis, steps, [curve[key] for curve in curves], rule)
-        band(axes[1, 0], LAGS, [[mean_of(curve[f"lag {lag}"]) for lag in LAGS] for curve in curves], rule, marker=".")
-        sampled = [i for i in steps if curves[0]["cosine_sample"][i] is not None]
-        band(axes[1, 1], sampled, [[curve["cosine_sample"][i] for i in sampled] for curve in curves], rule)
-    named(axes[0, 0], "step", "effective rank of s B2 A2")
-    named(axes[0, 1], "step", "cosine with last value")
-    named(axes[1, 0], "steps between", "cosine with itself, second half")
-    named(axes[1, 1], "step", "cosine with G over the sample")
-    axes[1, 0].set_xscale("log")
-    axes[0, 0].legend(fontsize=7)
-    write()
-
-
-def mean_of(values):
-    """Of the second half of the steps, where there are values."""
-    values = [value for value in values[len(values) // 2:] if value is not None]
-    return sum(values) / len(values) if values else None
-
-
-DRAWINGS = {"a": ("landscapes", draw_a), "contour": ("contour", draw_contour), "b": ("adversarial", draw_b), "c": ("worst-case", draw_c),
-            "d": ("perturbations", draw_d), "e": ("adversity", draw_e), "f": ("ascent", draw_f)}
-
-
-# ------------------------------------------------------------------------------ tables
-
-
-def quantities(part, result):
-    """{what: number} of one run and part: what a table has."""
-    if part == "a":
-        return {f"{space} space, mean increase at alpha = ±{value['alphas'][-1]:g}":
-                np.mean([(row[0] + row[-1]) / 2 - row[len(row) // 2] for row in value["losses"]]).item() for space, value in result.items()}
-    if part == "b":
-        return {f"{space} space, {key} at {alpha:g}": value for space, values in result.items() for key in values if key != "alphas"
-                for alpha, value in zip(values["alphas"], values[key])}
-    if part == "c":
-        return {**{f"{space} space, worst increase within {rho:g}": value for space, values in result.items()
-                   for rho, value in zip(values["radii"], values["increase"])},
-                **{f"{space} space, largest eigenvalue": values["eigenvalue"] for space, values in result.items()}}
-    if part == "d":
-        half = next(i for i, step in enumerate(result["step"]) if 2 * step >= result["step"][-1])
-        names = {"ratio": "first-order terms / third, median", "B": "B1, half-way, with its last value", "A": "A1, half-way, with its last value",
-                 "primary": "B1 A1, half-way, with its last value", "auxiliary": "B2 A2, half-way, with its last value",
-                 "between": "B1 A1 with B2 A2, half-way"}
-        return {name: np.nanmedian(np.array(result[key], dtype=float)).item() if key == "ratio" else result[key][half] for key, name in names.items() if key in result}
-    if part == "e":
-        return {key.replace("_", " "): np.mean(values).item() for key, values in result.items() if key != "step"}
-    if part == "f":
-        return {f"{rule}: {name}": value for rule, rows in result.items() for name, value in (
-            ("effective rank", mean_of(rows["rank"])), *((f"with itself {lag} steps ago", mean_of(rows[f"lag {lag}"])) for lag in (1, 8, 32)),
-            ("cosine half-way with its last value", rows["final"][len(rows["final"]) // 2]),
-            ("cosine with G of the batch", mean_of(rows["cosine_batch"])), ("cosine with G over the sample", mean_of(rows["cosine_sample"])))}
-    return {}
-
-
-def tables(results, runs):
-    """(Markdown, the same numbers): mean and standard error over the seeds, and of the difference to LoRA seed by seed."""
-    text, numbers = [], {}
-    scores = {}
-    for run in runs:
-        scores.setdefault(run.method, {})[run.seed] = read_json(os.path.join(run.folder, "metrics.json"))["metrics"]
-    columns = {"scores": {method: scores[method] for method in METHODS if method in scores}}
-    columns |= {part: {method: {seed: quantities(part, result) for seed, result in seeds.items()} for method, seeds in methods.items()}
-                for part, methods in results.items() if part != "contour"}
-    for part, methods in columns.items():
-        rows = list(dict.fromkeys(name for seeds in methods.values() for values in seeds.values() for name in values))
-        text += ["", f"| {part} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
-        for name in rows:
-            cells = []
-            for method, seeds in methods.items():
-                values = [value[name] for value in seeds.values() if value.get(name) is not None]
-                entry = {"value": mean_stderr(values)} if values else {}
-                base = methods.get("lora", {}) if method != "lora" else {}
-                paired = [value[name] - base[seed][name] for seed, value in seeds.items()
-                          if value.get(name) is not None and base.get(seed, {}).get(name) is not None]
-                if paired:
-                    entry["minus_lora"] = mean_stderr(paired)
-                numbers.setdefault(part, {}).setdefault(name, {})[method] = entry
-                cells.append(" ".join(["" if not values else cell(entry["value"]), *(["(" + cell(entry["minus_lora"], "+") + ")"] if paired else [])]))
-            text.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n", numbers
-
-
-def cell(entry, sign=""):
-    error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.2g}"
-    return f"{entry['mean']:{sign}.4g}{error}"
-
-
 # ------------------------------------------------------------------------------ arguments and main
 
 
@@ -695,8 +475,9 @@ def main(argv=None):
                 ordered = {method: methods[method] for method in METHODS if method in methods}
                 draw(ordered, os.path.join(out, f"{task}-{name}.png"))
                 parts[part] = ordered
-            text, numbers = tables(parts, [run for run in runs if run.task == task])
-            report[task] = {"settings": used[task], "runs": [run.folder for run in runs if run.task == task], "tables": numbers, "measured": parts}
+            folders = [run.folder for run in runs if run.task == task]
+            text, numbers = tables(parts, [read_json(os.path.join(folder, "metrics.json")) for folder in folders])
+            report[task] = {"settings": used[task], "runs": folders, "tables": numbers, "measured": parts}
             write_text(os.path.join(out, f"{task}-sharpness.json"), json.dumps(report[task]))
             write_text(os.path.join(out, f"{task}-sharpness.md"), f"# {task}: what sharpness.py measured\n{text}")
             print(f"{task}\n{text}")

@@ -14,12 +14,86 @@ import re
 import shlex
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from sharpness import cell  # noqa: E402
-from train_glue import METHODS, write_text  # noqa: E402
+import numpy as np
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from train_glue import METHODS, mean_stderr, write_text  # noqa: E402
+
+SPACES = ("LoRA", "full")
 NOTES = os.path.dirname(os.path.abspath(__file__))
 MARK = re.compile(r"^<!-- table: (.*?) -->\n.*?^<!-- end -->\n", re.DOTALL | re.MULTILINE)
+
+
+def mean_of(values):
+    """Of the second half of the steps, where there are values."""
+    values = [value for value in values[len(values) // 2:] if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def quantities(part, result):
+    """{what: number} of one run and part: what a table has."""
+    if part == "a":
+        return {f"{space} space, mean increase at alpha = ±{value['alphas'][-1]:g}":
+                np.mean([(row[0] + row[-1]) / 2 - row[len(row) // 2] for row in value["losses"]]).item() for space, value in result.items()}
+    if part == "b":
+        return {f"{space} space, {key} at {alpha:g}": value for space, values in result.items() for key in values if key != "alphas"
+                for alpha, value in zip(values["alphas"], values[key])}
+    if part == "c":
+        return {**{f"{space} space, worst increase within {rho:g}": value for space, values in result.items()
+                   for rho, value in zip(values["radii"], values["increase"])},
+                **{f"{space} space, largest eigenvalue": values["eigenvalue"] for space, values in result.items()}}
+    if part == "d":
+        half = next(i for i, step in enumerate(result["step"]) if 2 * step >= result["step"][-1])
+        names = {"ratio": "first-order terms / third, median", "B": "B1, half-way, with its last value", "A": "A1, half-way, with its last value",
+                 "primary": "B1 A1, half-way, with its last value", "auxiliary": "B2 A2, half-way, with its last value",
+                 "between": "B1 A1 with B2 A2, half-way"}
+        return {name: np.nanmedian(np.array(result[key], dtype=float)).item() if key == "ratio" else result[key][half] for key, name in names.items() if key in result}
+    if part == "e":
+        return {key.replace("_", " "): np.mean(values).item() for key, values in result.items() if key != "step"}
+    if part == "f":
+        return {f"{rule}: {name}": value for rule, rows in result.items() for name, value in (
+            ("effective rank", mean_of(rows["rank"])), *((f"with itself {lag} steps ago", mean_of(rows[f"lag {lag}"])) for lag in (1, 8, 32)),
+            ("cosine half-way with its last value", rows["final"][len(rows["final"]) // 2]),
+            ("cosine with G of the batch", mean_of(rows["cosine_batch"])), ("cosine with G over the sample", mean_of(rows["cosine_sample"])))}
+    return {}
+
+
+def tables(results, runs):
+    """(Markdown, the same numbers): mean and standard error over the seeds, and of the difference to LoRA seed by seed.
+
+    results: {part: {method: {seed: what was measured}}}.  runs: the metrics.json of each run.
+    """
+    text, numbers, scores = [], {}, {}
+    for run in runs:
+        scores.setdefault(run["method"], {})[run["seed"]] = run["metrics"]
+    columns = {"scores": {method: scores[method] for method in METHODS if method in scores}}
+    columns |= {part: {method: {seed: quantities(part, result) for seed, result in seeds.items()} for method, seeds in methods.items()}
+                for part, methods in results.items() if part != "contour"}
+    for part, methods in columns.items():
+        rows = list(dict.fromkeys(name for seeds in methods.values() for values in seeds.values() for name in values))
+        text += ["", f"| {part} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+        for name in rows:
+            cells = []
+            for method, seeds in methods.items():
+                values = [value[name] for value in seeds.values() if value.get(name) is not None]
+                entry = {"value": mean_stderr(values)} if values else {}
+                base = methods.get("lora", {}) if method != "lora" else {}
+                paired = [value[name] - base[seed][name] for seed, value in seeds.items()
+                          if value.get(name) is not None and base.get(seed, {}).get(name) is not None]
+                if paired:
+                    entry["minus_lora"] = mean_stderr(paired)
+                numbers.setdefault(part, {}).setdefault(name, {})[method] = entry
+                cells.append(" ".join(["" if not values else cell(entry["value"]), *(["(" + cell(entry["minus_lora"], "+") + ")"] if paired else [])]))
+            text.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n", numbers
+
+
+def cell(entry, sign=""):
+    error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.2g}"
+    return f"{entry['mean']:{sign}.4g}{error}"
+
+
+# ------------------------------------------------------------------------------ the notes
 
 
 def measured():

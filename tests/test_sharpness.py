@@ -7,7 +7,6 @@ import copy
 import json
 import math
 import os
-import random
 import shutil
 import sys
 
