@@ -116,7 +116,7 @@ def worst_case(losses, params, rho, steps=5):
 
     eps <- eps + (2 rho / steps) g / ||g||, pulled back onto the ball where it has left it; the first step goes to the sphere.
     """
-    best, start, eps = -math.inf, loss_of(losses), [torch.zeros_like(p) for p in params]
+    best, start, eps = 0.0, loss_of(losses), [torch.zeros_like(p) for p in params]
     for step in range(steps):
         with moved(params, eps):
             _, g = gradient(losses, params)

@@ -24,7 +24,7 @@ import random
 import re
 import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from bilora import (bilora_power_step, bilora_step, clip_perturbation_, load_ada
                     primary_parameters)
 from measures import (best_rank_energy, contour, cosine, effective_rank, filter_normalised, gradient,  # noqa: E402
                       landscape, lora_sam_terms, loss_of, low_rank_cosine, moved, norm, reachable_energy, scaled,
-                      top_eigenvalue, with_gradients, worst_case)
+                      top_eigenvalue, worst_case)
 from pictures import DRAWINGS, LAGS  # noqa: E402
 from tables import SPACES, tables  # noqa: E402
 from train_glue import METHODS, batch_order, cosine_schedule, forward_backward, number, read_json, write_text  # noqa: E402
@@ -324,8 +324,8 @@ def ascent_rules(lr):
 
 
 def measure_f(run, options):
-    """{rule: lists over the steps}: effective rank of s B2 A2, cosine with its own value a lag ago ("lag 1", ...), with its last
-    value ("final"), with G of the batch it perturbs, and now and then with G over the sample."""
+    """{rule: lists over the steps}: effective rank of s B2 A2, cosine with its own value a lag ago ("lag 1", ...), with its
+    value after the last step ("final"); and now and then with G at W, of the batch that it perturbs and over the sample."""
     args = argparse.Namespace(**{**vars(run.args), "epochs": options.ascent_epochs or run.args.epochs})
     return {name: watch_ascent(run, args, *rule) for name, rule in ascent_rules(run.args.aux_lr or run.args.lr).items()}
 
@@ -349,29 +349,25 @@ def watch_ascent(run, args, kind, eta2, falls):
             row = {"rank": effective_rank(pairs), **{f"lag {lag}": low_rank_cosine(pairs, history[-1 - lag])
                                                      for lag in LAGS if lag < len(history)}}
             if len(rows) % max(1, steps // 20) == 0:
+                model.eval()  # G at W, not at W + eps, where eps agrees with it the more the sharper the loss is
                 row["cosine_sample"] = cosine(eps, gradient(run.losses(run.sample), weights)[1])
+                row["cosine_batch"] = cosine(eps, gradient(run.losses(batch), weights)[1])
                 model.train()
-            with with_gradients(weights):
-                def closure():
-                    return forward_backward(model, run.experiment, batch, args)
-
-                if not falls:
-                    optimizer.param_groups[-1]["lr"] = eta2
-                if kind == "adam":
-                    bilora_step(optimizer, closure, layers, rho)
-                elif kind == "plain":
-                    plain_ascent_step(optimizer, closure, layers, rho, eta2 * schedule.get_last_lr()[0] / args.lr)
-                elif kind == "power":
-                    bilora_power_step(optimizer, closure, layers, rho, args.momentum)
-                row["cosine_batch"] = cosine(eps, [w.grad for w in weights])
-                for w in weights:
-                    w.grad = None
+            if not falls:
+                optimizer.param_groups[-1]["lr"] = eta2
+            closure = partial(forward_backward, model, run.experiment, batch, args)
+            if kind == "adam":
+                bilora_step(optimizer, closure, layers, rho)
+            elif kind == "plain":
+                plain_ascent_step(optimizer, closure, layers, rho, eta2 * schedule.get_last_lr()[0] / args.lr)
+            elif kind == "power":
+                bilora_power_step(optimizer, closure, layers, rho, args.momentum)
             schedule.step()
             rows.append(row)
             bar.update()
     bar.close()
     for row, pairs in zip(rows, history):
-        row["final"] = low_rank_cosine(pairs, history[-1])
+        row["final"] = low_rank_cosine(pairs, run.auxiliary())
     run.drop()
     return {key: [row.get(key) for row in rows] for key in ("rank", *(f"lag {lag}" for lag in LAGS), "final", "cosine_batch", "cosine_sample")}
 
@@ -464,6 +460,8 @@ def parse_arguments(argv):
 
 def main(argv=None):
     parser, options = parse_arguments(argv)
+    if options.points % 2 == 0:
+        parser.error(f"--points is {options.points}; expected an odd number, so that alpha = 0 is one of them")
     try:
         runs = load_runs(options)
         results, used = measure(runs, options)

@@ -41,7 +41,8 @@ def quantities(part, result):
     if part == "c":
         return {**{f"{space} space, worst increase within {rho:g}": value for space, values in result.items()
                    for rho, value in zip(values["radii"], values["increase"])},
-                **{f"{space} space, largest eigenvalue": values["eigenvalue"] for space, values in result.items()}}
+                **{f"{space} space, {name}": values[key] for space, values in result.items()
+                   for name, key in (("largest eigenvalue", "eigenvalue"), ("residual of the eigenvalue", "residual"))}}
     if part == "d":
         half = next(i for i, step in enumerate(result["step"]) if 2 * step >= result["step"][-1])
         names = {"ratio": "first-order terms / third, median", "B": "B1, half-way, with its last value", "A": "A1, half-way, with its last value",

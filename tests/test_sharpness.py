@@ -212,7 +212,7 @@ def test_the_watched_ascent_trains_as_the_script_does():
     found = sharpness.measure_f(run, options)
     assert set(found) == set(sharpness.ascent_rules(0.01)) and all(len(rows["rank"]) == 6 for rows in found.values())
     adam = found["Adam, paper's eta2"]
-    assert adam["final"][-1] == pytest.approx(1.0, rel=1e-6) and adam["rank"][0] is None  # B2 = 0 before the first step
+    assert 0.9 < adam["final"][-1] < 1 and adam["rank"][0] is None  # B2 = 0 before the first step
     steps = [step for step, _ in run.snapshots()]
     run.put(run.snapshots()[2][1])
     assert steps[2] == 4
