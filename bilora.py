@@ -242,8 +242,8 @@ def bilora_step(optimizer, closure, layers, rho):
     maximize=True (bilora_optimizer makes one), in training mode, for in eval mode such a pair is
     not seen.  rho: largest c = sqrt(sum_i ||s B2_i A2_i||^2).
     Returns the loss, 0-dim.  Raises ValueError for rho < 0, for a layer in eval mode and where not
-    all auxiliary pairs ascend or a primary one does, FloatingPointError for a NaN or infinite loss or gradient, and has moved
-    nothing then.
+    all auxiliary pairs ascend or a primary one does, FloatingPointError for a NaN or infinite loss
+    or gradient, and has moved nothing then.
     """
     _require_radius(rho)
     layers = _perturbed_layers(layers)
@@ -338,13 +338,14 @@ def clip_perturbation_(layers, rho):
 
 @torch.no_grad()
 def turn_perturbation_(layers, rho, momentum=0.5):
-    """A2 <- orthonormal rows of B2^T G, and B2 <- rho G A2^T / (s ||.||) in these rows, ||.|| over all
-    layers together, so that c becomes rho.
+    """A2' = orthonormal rows of B2^T G, and s B2' A2' = rho P / ||P|| with P = G A2^T A2 A2'^T A2',
+    ||.|| over all layers together, so that c becomes rho.
 
-    With A2's rows orthonormal, G A2^T, which is dL/dB2 / s, is the best B2 for them; B2^T G, which
-    is dL/dA2 / s, turns them towards the leading right singular vectors of G.  Both are blended
-    with the old pair, momentum to 1 - momentum.  Reads the gradients of the pairs; in place, with
-    no value read on the host.  Where there is no gradient, the perturbation keeps its direction.
+    With A2's rows orthonormal, G A2^T, which is dL/dB2 / s, is the best B2 for them; it is carried
+    over into the new rows.  B2^T G, which is dL/dA2 / s, turns the rows towards the leading right
+    singular vectors of G.  Both are blended with the old pair, momentum to 1 - momentum.  Reads
+    the gradients of the pairs; in place, with no value read on the host.  Where there is no
+    gradient, the perturbation keeps its direction.
     """
     layers = _perturbed_layers(layers)
     if not layers:

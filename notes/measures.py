@@ -207,8 +207,9 @@ def reachable_energy(G, pairs):
     """Share of ||G||^2 in {B X + Y A}, over all layers: the subspace of Proposition 1, Eq. (6, A7)."""
     left = 0.0
     for g, (B, A) in zip(G, pairs, strict=True):
-        out = g - basis(B) @ (basis(B).t() @ g)
-        out = out - (out @ basis(A.t())) @ basis(A.t()).t()
+        U, V = basis(B), basis(A.t())
+        out = g - U @ (U.t() @ g)
+        out = out - (out @ V) @ V.t()
         left += inner([out], [out])
     return 1 - left / inner(G, G)
 

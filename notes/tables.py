@@ -50,7 +50,9 @@ def quantities(part, result):
                  "between": "B1 A1 with B2 A2, half-way"}
         return {name: np.nanmedian(np.array(result[key], dtype=float)).item() if key == "ratio" else result[key][half] for key, name in names.items() if key in result}
     if part == "e":
-        return {key.replace("_", " "): np.mean(values).item() for key, values in result.items() if key != "step"}
+        root = {f"{key}, root mean square": np.sqrt(np.mean(np.square(values))).item() for key, values in result.items() if "cosine" in key}
+        means = {key: np.mean(values).item() for key, values in result.items() if key != "step"}
+        return {key.replace("_", " "): value for key, value in {**means, **root}.items()}
     if part == "f":
         return {f"{rule}: {name}": value for rule, rows in result.items() for name, value in (
             ("effective rank", mean_of(rows["rank"])), *((f"with itself {lag} steps ago", mean_of(rows[f"lag {lag}"])) for lag in (1, 8, 32)),
@@ -84,14 +86,20 @@ def tables(results, runs):
                 if paired:
                     entry["minus_lora"] = mean_stderr(paired)
                 numbers.setdefault(part, {}).setdefault(name, {})[method] = entry
-                cells.append(" ".join(["" if not values else cell(entry["value"]), *(["(" + cell(entry["minus_lora"], "+") + ")"] if paired else [])]))
+                cells.append(text_of(entry))
             text.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n", numbers
 
 
-def cell(entry, sign=""):
-    error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.2g}"
-    return f"{entry['mean']:{sign}.4g}{error}"
+def text_of(entry):
+    """A cell: mean ± standard error, and in brackets that of the difference to LoRA; nothing where nothing was measured."""
+    def number(value, sign=""):
+        return f"{value['mean']:{sign}.4g}" + (f" ± {value['stderr']:.2g}" if value["stderr"] is not None else "")
+
+    parts = [number(entry["value"])] if "value" in entry else []
+    if "minus_lora" in entry:
+        parts.append(f"({number(entry['minus_lora'], '+')})")
+    return " ".join(parts)
 
 
 # ------------------------------------------------------------------------------ the notes
@@ -111,16 +119,19 @@ def table(mark, numbers):
     tasks, part, methods, *starts = shlex.split(mark)
     tasks = list(numbers) if tasks == "*" else tasks.split(",")
     methods = METHODS if methods == "*" else methods.split(",")
-    rows = list(dict.fromkeys(name for task in tasks for name in numbers[task].get(part, {}) if name.startswith(tuple(starts or [""]))))
+    names = list(dict.fromkeys(name for task in tasks for name in numbers[task].get(part, {})))
+    rows = [name for name in names if name.startswith(tuple(starts or [""]))]
+    for start in starts or [""]:
+        if not any(name.startswith(start) for name in names):
+            raise ValueError(f"<!-- table: {mark} -->: nothing that was measured begins with {start!r}")
     columns = [(task, method) for task in tasks for method in methods
                if any(numbers[task].get(part, {}).get(name, {}).get(method) for name in rows)]
-    label = lambda task, method: ", ".join([task] * (len(tasks) > 1) + [method] * (len(methods) > 1 or len(tasks) == 1))
-    lines = ["|  | " + " | ".join(label(*column) for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in rows:
-        entries = [numbers[task].get(part, {}).get(name, {}).get(method) or {} for task, method in columns]
-        lines.append(f"| {name} | " + " | ".join(" ".join([cell(e["value"])] * ("value" in e) + ["(" + cell(e["minus_lora"], "+") + ")"] * ("minus_lora" in e))
-                                                for e in entries) + " |")
-    return "".join(line + "\n" for line in lines)
+    if not columns:
+        raise ValueError(f"<!-- table: {mark} -->: none of these methods was measured")
+    heads = [", ".join([task] * (len(tasks) > 1) + [method] * (len(methods) > 1 or len(tasks) == 1)) for task, method in columns]
+    lines = [["", *heads], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(text_of(numbers[task].get(part, {}).get(name, {}).get(method, {})) for task, method in columns)] for name in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def filled(text, numbers):
@@ -128,10 +139,11 @@ def filled(text, numbers):
 
 
 def main():
+    numbers = measured()
     for path in [*sorted(glob.glob(os.path.join(NOTES, "*.md"))), os.path.join(NOTES, "..", "README.md")]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        write_text(path, filled(text, measured()))
+        write_text(path, filled(text, numbers))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,35 @@ def test_a_table():
     numbers = {"x": {"c": {"up": {"lora": entry(2.0), "bi-lora": entry(1.0, minus_lora={"mean": -1.0, "stderr": 0.5, "n": 3})},
                            "down": {"lora": entry(9.0)}}}}
     assert tables.table('x c * "up"', numbers) == (
-        "|  | lora | bi-lora |\n|---|---|---|\n| up | 2 ± 0.25 | 1 ± 0.25 (-1 ± 0.5) |\n")
+        "|  | lora | bi-lora |\n| --- | --- | --- |\n| up | 2 ± 0.25 | 1 ± 0.25 (-1 ± 0.5) |\n")
+    assert tables.table("x c *", numbers).endswith("| down | 9 ± 0.25 |  |\n")
+    for mark in ('x c * "sideways"', "x c bi-lora-power", "x d *"):
+        with pytest.raises(ValueError, match="table: x"):
+            tables.table(mark, numbers)
+
+
+def test_the_quantities_of_a_table():
+    """One made-up result for each part, and what a table says of it, worked out by hand."""
+    a = {"full": {"alphas": [-1.0, 0.0, 1.0], "losses": [[3.0, 1.0, 2.0], [5.0, 1.0, 4.0]]}}
+    assert tables.quantities("a", a) == {"full space, mean increase at alpha = ±1": pytest.approx(2.5)}
+    b = {"LoRA": {"alphas": [0, 2], "loss": [0.5, 0.75], "accuracy": [0.9, 0.6]}}
+    assert tables.quantities("b", b) == {"LoRA space, loss at 0": 0.5, "LoRA space, loss at 2": 0.75,
+                                         "LoRA space, accuracy at 0": 0.9, "LoRA space, accuracy at 2": 0.6}
+    c = {"full": {"radii": [0.1, 0.5], "increase": [1.0, 7.0], "eigenvalue": 3.0, "residual": 0.25}}
+    assert tables.quantities("c", c) == {"full space, worst increase within 0.1": 1.0, "full space, worst increase within 0.5": 7.0,
+                                         "full space, largest eigenvalue": 3.0, "full space, residual of the eigenvalue": 0.25}
+    d = {"step": [0, 5, 10], "primary": [0.1, 0.6, 1.0], "B": [None, 0.5, 1.0], "A": [0.8, 0.9, 1.0], "ratio": [None, 100.0, 300.0]}
+    found = tables.quantities("d", d)
+    assert found["B1 A1, half-way, with its last value"] == 0.6 and found["first-order terms / third, median"] == 200.0
+    e = {"step": [3, 9], "cosine_batch": [0.3, -0.1], "gain_batch": [0.5, 0.1]}
+    assert tables.quantities("e", e) == {"cosine batch": pytest.approx(0.1), "gain batch": pytest.approx(0.3),
+                                         "cosine batch, root mean square": pytest.approx(0.05**0.5)}
+    lags = {f"lag {lag}": [None, None, 0.2, 0.4] for lag in (1, 8, 32)}
+    f = {"Adam": {"rank": [8.0, 4.0, 2.0, 1.0], "final": [0.0, 0.1, 0.7, 1.0], "cosine_batch": [None, 0.5, None, 0.1],
+                  "cosine_sample": [0.5, None, 0.25, None], **lags}}
+    found = tables.quantities("f", f)
+    assert found["Adam: effective rank"] == 1.5 and found["Adam: with itself 8 steps ago"] == pytest.approx(0.3)
+    assert found["Adam: cosine half-way with its last value"] == 0.7 and found["Adam: cosine with G over the sample"] == 0.25
 
 
 def test_the_worked_example():
