@@ -103,6 +103,12 @@ def test_worst_case_of_a_linear_loss_is_its_slope():
         assert measures.worst_case(losses, params, rho, 5) == pytest.approx(5 * rho, rel=1e-12)
 
 
+def test_worst_case_is_the_best_that_was_met():
+    """3 w - 2 w^2, radius 1: the first step goes to w = 1, where it is 1, the second back to 0."""
+    losses, params = quadratic(torch.tensor([[-4.0]], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64))
+    assert measures.worst_case(losses, params, 1.0, 2) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("eigenvalues", [[4.0, 1.0, 0.5, 0.1], [2.0, -1.0, -3.0, 0.1]])
 def test_worst_case_of_a_quadratic(eigenvalues):
     """The maximum over the ball: eps = (lambda I - H)^-1 b, lambda >= max eigenvalue, such that ||eps|| = rho; by bisection."""

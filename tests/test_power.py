@@ -182,6 +182,17 @@ def test_a_nan_in_an_auxiliary_gradient_alone_stops_it(batch):  # noqa: F811
     assert_same_bits(net, before)
 
 
+def test_a_surrounding_autocast_region_does_not_round_it(batch):  # noqa: F811
+    net = adapted(aux_rank=3).float()
+    x, y = batch[0].float(), batch[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        bilora_power_step(bilora_optimizer(net, 0.1), closure_of(net, (x, y)), lora_layers(net), RHO)
+    for layer in lora_layers(net):
+        A = layer.aux_A.detach()
+        torch.testing.assert_close(A @ A.T, torch.eye(3), rtol=0, atol=1e-5)
+    assert global_norm([getattr(net, n).aux_delta() for n in LAYERS]) == pytest.approx(RHO, rel=1e-5)
+
+
 def test_it_does_not_depend_on_the_loss_scale_or_on_old_gradients(batch):  # noqa: F811
     """The optimizer holds the primary pairs only, so that the step itself has to clear the auxiliary gradients."""
     ends = []

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 import train_glue
 import train_gsm8k
-from bilora import merge_lora_, primary_parameters
+from bilora import auxiliary_parameters, bilora_step, lora_layers, lora_sam_step, merge_lora_, primary_parameters
+from test_steps import adapted, closure_of
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import sharpness  # noqa: E402
@@ -127,7 +128,41 @@ def test_centre_and_scores_are_those_of_the_merged_model(method):
     assert a["LoRA"]["losses"][0] != a["LoRA"]["losses"][1]
 
 
-def test_adversarial_direction_is_the_gradient(monkeypatch):
+def test_scores_are_those_at_the_moved_weights():
+    """Part b at an alpha that changes them, beside a copy of the model whose frozen weights were moved by hand."""
+    run, options = a_run("lora")
+    options.alphas = [0.0, 30.0]
+    found, model, (_, sets) = sharpness.measure_b(run, options)["full"], copy.deepcopy(run.model), run.data
+    weights = [layer.weight.requires_grad_(True) for layer in run.layers]
+    sum(loss() for loss in run.losses(run.sample)).backward()
+    total = math.sqrt(sum(w.grad.square().sum().item() for w in weights))
+    for layer, w in zip(lora_layers(model), weights):
+        layer.weight.data += 30.0 * w.grad / total
+    predictions = train_glue.predict(model, run.experiment, sets["test"], run.args)
+    right = [p == label for p, (*_, label) in zip(predictions, sets["test"])]
+    assert found["accuracy"] == [pytest.approx(found["accuracy"][0]), pytest.approx(sum(right) / len(right))]
+    ids, _, mask, labels = train_glue.collate(run.sample, 0, "cpu")
+    assert found["loss"][1] == pytest.approx(F.cross_entropy(model(ids, mask), labels).item(), rel=1e-4)
+    assert found["loss"][1] > 1.5 * found["loss"][0]
+
+
+def test_full_space_is_every_adapted_weight():
+    run, options = a_run("bi-lora")
+    params, weights = run.space("full")
+    merged = merge_lora_(copy.deepcopy(run.model))
+    names = [name for name, module in run.model.named_modules() if module in run.layers]
+    for w, base, name in zip(weights, params, names, strict=True):
+        torch.testing.assert_close(w, merged.get_submodule(name).weight, rtol=1e-6, atol=1e-7)
+        assert base is run.model.get_submodule(name).weight and not torch.equal(w, base)
+    found, losses = sharpness.measure_c(run, options), run.losses(run.sample)
+    for space, tensors in (("full", params), ("LoRA", primary_parameters(run.model))):
+        assert found[space]["increase"] == pytest.approx([sharpness.worst_case(losses, tensors, rho, 2) for rho in (0.1, 0.5)], rel=1e-4)
+        value, _ = sharpness.top_eigenvalue(losses, tensors, 2, run.generator())
+        assert found[space]["eigenvalue"] == pytest.approx(value, rel=1e-4)
+    assert found["full"]["increase"] != found["LoRA"]["increase"]
+
+
+def test_adversarial_direction_is_the_gradient():
     """Eq. (A22): in each space the loss at a small alpha has risen by alpha ||g||."""
     run, options = a_run("lora")
     options.alphas = [0.0, 1e-3]
@@ -166,12 +201,13 @@ def test_snapshots_are_the_training_runs_weights():
     assert c == pytest.approx(0.05, rel=1e-4)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_sams_own_perturbation_is_fully_adversarial(sign, monkeypatch):
-    """Where the method's perturbation is +-rho G / ||G|| of the batch, its cosine is +-1 and its gain near +-1."""
+@pytest.mark.parametrize("sign, of", [(1, "batch"), (-1, "batch"), (1, "sample")])
+def test_sams_own_perturbation_is_fully_adversarial(sign, of, monkeypatch):
+    """Where the method's perturbation is +-rho G / ||G||, its cosine is +-1 and its gain near +-1, of the batch or over the sample."""
     run, options = a_run("bi-lora")
 
     def sam(run, losses):
+        losses = losses if of == "batch" else run.losses(run.sample)
         weights = [layer.weight.requires_grad_(True) for layer in run.layers]
         grads = torch.autograd.grad(sum(loss() for loss in losses), weights)
         total = math.sqrt(sum(g.square().sum().item() for g in grads))
@@ -182,15 +218,35 @@ def test_sams_own_perturbation_is_fully_adversarial(sign, monkeypatch):
     monkeypatch.setattr(sharpness, "perturbation", sam)
     found = sharpness.measure_e(run, options)
     assert len(found["step"]) == 2 and found["norm"] == pytest.approx([1e-3] * 2, rel=1e-4)
-    assert found["cosine_batch"] == pytest.approx([sign] * 2, rel=1e-5)
-    assert found["gain_batch"] == pytest.approx([sign] * 2, rel=0.05)
+    assert found[f"cosine_{of}"] == pytest.approx([sign] * 2, rel=1e-5)
+    assert found[f"gain_{of}"] == pytest.approx([sign] * 2, rel=0.05)
+    other = "sample" if of == "batch" else "batch"
+    assert max(map(abs, found[f"cosine_{other}"])) < 0.999
     assert max(map(abs, found["random_cosine_batch"])) < 0.05
     assert all(0 < share < 1 for share in found["reach"] + found["best_rank"])
 
 
-def test_lora_sams_perturbation_is_what_its_step_does(monkeypatch):
+def test_bi_loras_perturbation_is_what_training_adds():
+    """The layer in training mode minus the layer in eval mode, at the identity; over training, cosines of dense products."""
+    run, options = a_run("bi-lora")
+    steps, pairs = [path for _, path in run.snapshots()], []
+    for path in steps:
+        run.put(path)
+        eps = sharpness.perturbation(run, None)
+        for layer, e in zip(run.layers, eps):
+            eye = torch.eye(layer.in_features)
+            torch.testing.assert_close(e.T, layer.train()(eye) - layer.eval()(eye), rtol=1e-3, atol=1e-6)
+        primary = torch.cat([layer.delta().detach().flatten() for layer in run.layers])
+        pairs.append((primary, torch.cat([e.flatten() for e in eps])))
+    found, cosine = sharpness.measure_d(run, options), lambda a, b: pytest.approx(F.cosine_similarity(a, b, dim=0).item(), rel=1e-3, abs=1e-5)
+    for i in (1, 2, 3):
+        assert found["primary"][i] == cosine(pairs[i][0], pairs[3][0])
+        assert found["auxiliary"][i] == cosine(pairs[i][1], pairs[3][1])
+        assert found["between"][i] == cosine(*pairs[i])
+
+
+def test_lora_sams_perturbation_is_what_its_step_does():
     """W at the second pass of lora_sam_step minus W at the first."""
-    from bilora import lora_sam_step
     run, _ = a_run("lora-sam")
     losses, seen = run.losses(run.batches[0]), []
     expected = sharpness.perturbation(run, losses)
@@ -217,6 +273,35 @@ def test_the_watched_ascent_trains_as_the_script_does():
     run.put(run.snapshots()[2][1])
     assert steps[2] == 4
     assert sharpness.effective_rank(run.auxiliary()) == pytest.approx(adam["rank"][4], rel=1e-5)
+    eps = {}
+    for step, path in run.snapshots()[1:]:
+        run.put(path)
+        eps[step] = torch.cat([layer.aux_delta().detach().flatten() for layer in run.layers])
+    assert adam["lag 2"][4] == pytest.approx(F.cosine_similarity(eps[4], eps[2], dim=0).item(), rel=1e-3)
+    assert adam["lag 1"][4] != pytest.approx(adam["lag 2"][4], rel=1e-3)
+    assert adam["final"][4] == pytest.approx(F.cosine_similarity(eps[4], eps[6], dim=0).item(), rel=1e-3)
+    run.put(run.snapshots()[2][1])
+    weights = [layer.weight.requires_grad_(True) for layer in run.layers]
+    G = torch.cat([g.flatten() for g in torch.autograd.grad(sum(loss() for loss in run.losses(run.sample)), weights)])
+    assert adam["cosine_sample"][4] == pytest.approx(F.cosine_similarity(eps[4], G, dim=0).item(), rel=1e-2, abs=1e-4)
+
+
+def test_plain_ascent_is_bi_loras_with_sgd():
+    """One step of the two, the clip acting: the paper's step, with torch's SGD for both pairs."""
+    ends = []
+    for plain in (True, False):
+        net = adapted(aux_rank=2)
+        torch.manual_seed(7)
+        closure = closure_of(net, (torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))))
+        groups = [{"params": primary_parameters(net), "lr": 0.1}]
+        if plain:
+            sharpness.plain_ascent_step(torch.optim.SGD(groups), closure, lora_layers(net), 0.3, 0.05)
+        else:
+            groups.append({"params": auxiliary_parameters(net), "lr": 0.05, "maximize": True})
+            bilora_step(torch.optim.SGD(groups), closure, lora_layers(net), 0.3)
+        ends.append(net.state_dict())
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-12, atol=1e-14)
 
 
 def test_runs_of_the_other_script(tmp_path, monkeypatch, capsys):
@@ -230,7 +315,7 @@ def test_runs_of_the_other_script(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv, named", [
-    (["nowhere"], "nowhere"), (["empty"], "no finished run"), (["out", "--parts", "z"], "'z'"), (["out", "--rows", "0"], "'0'"),
+    (["nowhere"], "nowhere"), (["empty"], "no finished run"), (["out", "--parts", "z"], "'z'"), (["out", "--rows", "0"], "'0'"), (["out", "--points", "4"], "odd"),
     (["bare"], "no snapshots"), (["other"], "the run read"), (["broken"], "not a JSON object"), (["older"], "no 'momentum'"),
     (["torn"], "not a snapshot"), (["foreign"], "other tensors")])
 def test_wrong_input_is_one_line(argv, named, capsys, folder):
