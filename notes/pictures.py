@@ -158,5 +158,19 @@ def draw_f(results, path):
     write()
 
 
+def draw_g(results, path):
+    _, ((*axes,),), write = picture(path, 3)
+    for axis, keys, label in zip(axes, (("training loss", "evaluation loss"), ("training score", "evaluation score"), ("gap",)),
+                                 ("loss (dotted: training rows)", "score (dotted: training rows)", "gap of the losses")):
+        for method, runs in results.items():
+            for key in keys:
+                dotted = key.startswith("training")
+                band(axis, steps_of(runs), [run[key] for run in runs.values()], None if dotted else method, color=COLOURS[method],
+                     linestyle=":" if dotted else "-")
+        named(axis, "step", label)
+    axes[0].legend(fontsize=8)
+    write()
+
+
 DRAWINGS = {"a": ("landscapes", draw_a), "contour": ("contour", draw_contour), "b": ("adversarial", draw_b), "c": ("worst-case", draw_c),
-            "d": ("perturbations", draw_d), "e": ("adversity", draw_e), "f": ("ascent", draw_f)}
+            "d": ("perturbations", draw_d), "e": ("adversity", draw_e), "f": ("ascent", draw_f), "g": ("gap", draw_g)}

@@ -10,7 +10,8 @@ RUN is the --out of a command, or one run folder in it; several are taken togeth
   d  norms of the three terms of LoRA-SAM's perturbation; cosine of each pair with its last value, and of the two pairs
   e  how adversarial each method's perturbation is, beside SAM's in full space, Eq. (A2), and a random one
   f  the ascent by itself: trains again, with several rules for the auxiliary pair, and watches each step
-d and e need runs with --snapshots.  Training rows, directions and batches are drawn from --seed: they are the same for
+  g  loss and score on training rows and on evaluation rows over training, and their gap
+d, e and g need runs with --snapshots.  Training rows, directions and batches are drawn from --seed: they are the same for
 every method of a seed.  All is computed in float32.  Each run folder keeps what was measured in it (sharpness.json), and
 a second command measures only what is not there; --out gets one JSON file and the pictures of each task.  --cached draws
 everything that was measured before, of all tasks, in one command.
@@ -45,7 +46,8 @@ from train_glue import METHODS, batch_order, cosine_schedule, forward_backward, 
 SETTINGS = {  # what the result of each part depends on, beside the run
     "a": ("rows", "seed", "directions", "points", "span"), "contour": ("rows", "seed", "grid", "span"),
     "b": ("rows", "seed", "alphas", "eval_rows"), "c": ("rows", "seed", "radii", "steps", "iterations"),
-    "d": ("seed",), "e": ("rows", "seed", "moments", "batches"), "f": ("rows", "seed", "ascent_epochs")}
+    "d": ("seed",), "e": ("rows", "seed", "moments", "batches"), "f": ("rows", "seed", "ascent_epochs"),
+    "g": ("rows", "seed", "moments", "eval_rows")}
 
 
 # ------------------------------------------------------------------------------ a run
@@ -131,6 +133,11 @@ class Run:
         if not found:
             raise ValueError(f"{folder}: no snapshots; expected a run with --snapshots, which parts d and e need")
         return found
+
+    def moments(self):
+        """Some of the snapshots after the first, evenly."""
+        later = self.snapshots()[1:]
+        return [later[i] for i in sorted({round(i) for i in np.linspace(0, len(later) - 1, self.options.moments)})]
 
     def put(self, path):
         """Give the model the weights of a snapshot."""
@@ -276,9 +283,8 @@ def measure_e(run, options):
     cosine_batch with G of a batch and gain_batch, its loss increase over that of SAM's perturbation of the same length; the
     same over the sample; reach, the share of ||G||^2 in the subspace that the method can reach, and best_rank, that of the
     best approximation of its rank.  A mean over the batches.  None where the perturbation is zero."""
-    rows, snapshots = [], run.snapshots()[1:]
-    for i in sorted({round(i) for i in np.linspace(0, len(snapshots) - 1, options.moments)}):
-        step, path = snapshots[i]
+    rows = []
+    for step, path in run.moments():
         run.put(path)
         weights, generator, parts = [layer.weight for layer in run.layers], run.generator(), []
         whole = run.losses(run.sample)
@@ -311,6 +317,20 @@ def measure_e(run, options):
 def increase(losses, weights, eps, before):
     with moved(weights, eps):
         return loss_of(losses) - before
+
+
+def measure_g(run, options):
+    """Lists over some snapshots: loss and first metric on the training sample and on evaluation rows, and the gap of the losses."""
+    rows, evaluation = [], next(iter(run.data[1].values()))
+    evaluation = random.Random(options.seed).sample(evaluation, min(options.eval_rows, len(evaluation)))
+    for step, path in run.moments():
+        run.put(path)
+        row = {"step": step}
+        for name, examples in (("training", run.sample), ("evaluation", evaluation)):
+            metrics, *_ = run.experiment.evaluate(run.model, {name: examples}, run.args)
+            row |= {f"{name} loss": loss_of(run.losses(examples)), f"{name} score": next(iter(metrics.values()))}
+        rows.append({**row, "gap": row["evaluation loss"] - row["training loss"]})
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 # ------------------------------------------------------------------------------ f: the ascent
@@ -388,7 +408,7 @@ def plain_ascent_step(optimizer, closure, layers, rho, eta2):
 
 
 MEASURES = {"a": measure_a, "contour": measure_contour, "b": measure_b, "c": measure_c, "d": measure_d, "e": measure_e,
-            "f": measure_f}
+            "f": measure_f, "g": measure_g}
 
 
 def wanted(run, part, seeds, options):
@@ -404,7 +424,7 @@ def measure(runs, options):
     for run in runs:
         seeds = sorted({other.seed for other in runs if other.task == run.task})
         parts = [part for part in options.parts if wanted(run, part, seeds, options)]
-        if {"d", "e"} & set(parts) and not options.cached:
+        if {"d", "e", "g"} & set(parts) and not options.cached:
             run.snapshots()  # before hours of work, if there are none
         todo.append((run, parts))
     for run, parts in (bar := tqdm(todo, disable=None)):
@@ -416,7 +436,7 @@ def measure(runs, options):
             if not options.cached and known.get(part, {}).get("settings") != settings:
                 known[part] = {"settings": settings, "result": MEASURES[part](run, options)}
                 write_text(path, json.dumps(known))
-                if part in "def":
+                if part in "defg":
                     run.drop()  # its weights are those of a snapshot now
             if part in known:
                 result, settings = known[part]["result"], known[part]["settings"]
@@ -441,7 +461,7 @@ def parse_arguments(argv):
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of rows, directions and batches (default: %(default)s)")
     parser.add_argument("--device", type=train_glue.device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--rows", type=number(int, 1), default=128, help="training rows that the loss is measured on (default: %(default)s)")
-    parser.add_argument("--eval-rows", type=number(int, 1), default=1000, help="b: rows of each evaluation set (default: %(default)s)")
+    parser.add_argument("--eval-rows", type=number(int, 1), default=1000, help="b, g: rows of each evaluation set (default: %(default)s)")
     parser.add_argument("--directions", type=number(int, 1), default=3, help="a: random directions (default: %(default)s)")
     parser.add_argument("--points", type=number(int, 3), default=15, help="a: points along each (default: %(default)s)")
     parser.add_argument("--grid", type=number(int, 2), default=9, help="contour: points along each axis (default: %(default)s)")
@@ -451,7 +471,7 @@ def parse_arguments(argv):
     parser.add_argument("--radii", type=number(float, 0), nargs="+", default=[0.05, 0.2, 1.0], help="c: default: 0.05 0.2 1")
     parser.add_argument("--steps", type=number(int, 1), default=5, help="c: of the ascent (default: %(default)s)")
     parser.add_argument("--iterations", type=number(int, 1), default=15, help="c: of the power iteration (default: %(default)s)")
-    parser.add_argument("--moments", type=number(int, 1), default=5, help="e: snapshots (default: %(default)s)")
+    parser.add_argument("--moments", type=number(int, 1), default=5, help="e, g: snapshots (default: %(default)s)")
     parser.add_argument("--batches", type=number(int, 1), default=4, help="e: training batches (default: %(default)s)")
     parser.add_argument("--ascent-seeds", type=number(int, 1), default=3, help="f: Bi-LoRA's first seeds only (default: %(default)s)")
     parser.add_argument("--ascent-epochs", type=number(int, 0), default=0, help="f: epochs of its trainings (default: 0, the run's)")

@@ -53,6 +53,8 @@ def quantities(part, result):
         root = {f"{key}, root mean square": np.sqrt(np.mean(np.square(values))).item() for key, values in result.items() if "cosine" in key}
         means = {key: np.mean(values).item() for key, values in result.items() if key != "step"}
         return {key.replace("_", " "): value for key, value in {**means, **root}.items()}
+    if part == "g":
+        return {f"{key}, at the end": values[-1] for key, values in result.items() if key != "step"}
     if part == "f":
         return {f"{rule}: {name}": value for rule, rows in result.items() for name, value in (
             ("effective rank", mean_of(rows["rank"])), *((f"with itself {lag} steps ago", mean_of(rows[f"lag {lag}"])) for lag in (1, 8, 32)),

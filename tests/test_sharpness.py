@@ -60,15 +60,15 @@ def test_all_parts_of_all_methods(capsys, monkeypatch):
     assert on_disk == json.loads(json.dumps(report["embedded"]))
     measured = on_disk["measured"]
     assert {part: list(methods) for part, methods in measured.items()} == {
-        **{part: list(train_glue.METHODS) for part in ("a", "contour", "b", "c", "d")}, "e": list(train_glue.METHODS[1:]), "f": ["bi-lora"]}
+        **{part: list(train_glue.METHODS) for part in ("a", "contour", "b", "c", "d", "g")}, "e": list(train_glue.METHODS[1:]), "f": ["bi-lora"]}
     assert {part: len(methods["lora-sam"]) for part, methods in measured.items() if part != "f"} == {
-        "a": 2, "contour": 1, "b": 2, "c": 2, "d": 2, "e": 2}
-    for name in ("landscapes", "contour", "adversarial", "worst-case", "perturbations", "adversity", "ascent"):
+        "a": 2, "contour": 1, "b": 2, "c": 2, "d": 2, "e": 2, "g": 2}
+    for name in ("landscapes", "contour", "adversarial", "worst-case", "perturbations", "adversity", "ascent", "gap"):
         assert os.path.getsize(f"figures/embedded-{name}.png") > 5000
     text = open("figures/embedded-sharpness.md").read()
     assert text.count("\n| ") > 40 and "nan" not in text
     assert not [name for name in os.listdir("figures") if name.endswith(".tmp")]
-    for part in "abcde":  # numbers, all of them finite
+    for part in "abcdeg":  # numbers, all of them finite
         for value in json.dumps(measured[part]).replace("[", " ").replace("]", " ").replace(",", " ").split():
             assert value not in ("NaN", "Infinity", "-Infinity")
 
@@ -144,6 +144,20 @@ def test_scores_are_those_at_the_moved_weights():
     ids, _, mask, labels = train_glue.collate(run.sample, 0, "cpu")
     assert found["loss"][1] == pytest.approx(F.cross_entropy(model(ids, mask), labels).item(), rel=1e-4)
     assert found["loss"][1] > 1.5 * found["loss"][0]
+
+
+def test_gap_is_that_of_the_two_losses():
+    """At the last snapshot, the run's own score, and losses of the merged model."""
+    run, options = a_run("bi-lora")
+    found, model, (_, sets) = sharpness.measure_g(run, options), merge_lora_(copy.deepcopy(run.model)), run.data
+    losses = []
+    for rows in (run.sample, sets["test"]):
+        ids, _, mask, labels = train_glue.collate(rows, 0, "cpu")
+        losses.append(F.cross_entropy(model(ids, mask), labels).item())
+    assert found["step"] == [2, 6] and found["training loss"][-1] == pytest.approx(losses[0], rel=1e-5)
+    assert found["evaluation loss"][-1] == pytest.approx(losses[1], rel=1e-5)
+    assert found["gap"][-1] == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    assert found["evaluation score"][-1] == json.load(open("out/bi-lora-seed0/metrics.json"))["metrics"]["accuracy"]
 
 
 def test_full_space_is_every_adapted_weight():
