@@ -771,14 +771,11 @@ def load_state(path, model, optimizer, schedule):
         raise OSError(f"{path}: not the state of this run ({type(error).__name__}); remove it to start the run anew") from None
 
 
-# Options that one run does not depend on: those of the others, and where files go.
-NOT_IN_CONFIG = {"method", "seeds", "rho", "out", "resume", "save_every", "snapshots", "eval_batch_size"}
-
-
 def run_config(args, method, seed, experiment):
     """What a run depends on: its settings and its files, but not the other runs nor where its own files go."""
+    others = {"method", "seeds", "rho", "out", "resume", "save_every", "snapshots", "eval_batch_size"}
     config = {"method": method, "seed": seed, "rho": radius(args, method), "files": experiment.files,
-              **{name: value for name, value in vars(args).items() if name not in NOT_IN_CONFIG}}
+              **{name: value for name, value in vars(args).items() if name not in others}}
     return json.loads(json.dumps(config))  # as it is read back
 
 

@@ -176,11 +176,11 @@ def load_runs(options):
     for folder in [folder for path in options.run for folder in run_folders(path)]:
         config = read_json(os.path.join(folder, "config.json"))
         script = train_gsm8k if "max_new_tokens" in config else train_glue
-        options_of = vars(script.parse_arguments([])[1]).keys() - train_glue.NOT_IN_CONFIG
-        for key in sorted(options_of | {"method", "seed", "rho", "files"}):
+        for key in ("method", "seed", "rho", "files", "task"):
             if key not in config:
-                raise ValueError(f"{os.path.join(folder, 'config.json')}: no {key!r}; expected a run of this version")
-        args = argparse.Namespace(**{**config, "rho": [config["rho"]], "method": [config["method"]], "device": options.device,
+                raise ValueError(f"{os.path.join(folder, 'config.json')}: no {key!r}; expected a run's settings")
+        added = vars(script.parse_arguments([])[1])  # an option that the run is older than has its default
+        args = argparse.Namespace(**{**added, **config, "rho": [config["rho"]], "method": [config["method"]], "device": options.device,
                                      "bf16": False, "micro_batch": None, "checkpointing": False, "eval_batch_size": 250})
         key = json.dumps({name: value for name, value in config.items() if name not in ("method", "seed", "rho")})
         if options.cached:

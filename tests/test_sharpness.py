@@ -331,7 +331,7 @@ def test_runs_of_the_other_script(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("argv, named", [
     (["nowhere"], "nowhere"), (["empty"], "no finished run"), (["out", "--parts", "z"], "'z'"), (["out", "--rows", "0"], "'0'"), (["out", "--points", "4"], "odd"),
-    (["bare"], "no snapshots"), (["other"], "the run read"), (["broken"], "not a JSON object"), (["older"], "no 'momentum'"),
+    (["bare"], "no snapshots"), (["other"], "the run read"), (["broken"], "not a JSON object"), (["older"], "no 'files'"),
     (["torn"], "not a snapshot"), (["foreign"], "other tensors")])
 def test_wrong_input_is_one_line(argv, named, capsys, folder):
     os.makedirs("empty", exist_ok=True)
@@ -343,7 +343,7 @@ def test_wrong_input_is_one_line(argv, named, capsys, folder):
     config["files"][0][1] += 1
     json.dump(config, open("other/config.json", "w"))
     config = json.load(open("older/config.json"))
-    del config["momentum"]
+    del config["files"], config["momentum"]
     json.dump(config, open("older/config.json", "w"))
     open("broken/config.json", "w").write("[")
     open("torn/snapshots/step-000006.pt", "w").write("torn")
