@@ -54,8 +54,9 @@ def a_run(method, *options):
 
 @pytest.mark.pictures
 def test_all_parts_of_all_methods(capsys, monkeypatch):
+    few = [*SMALL, "--ascent-epochs", "1", "--rows", "6", "--iterations", "1", "--steps", "1", "--moments", "1", "--batches", "1"]
     monkeypatch.setattr(sharpness, "ascent_rules", lambda lr, rules=sharpness.ascent_rules: dict(list(rules(lr).items())[::3]))
-    report = sharpness.main(["out", *SMALL, "--out", "figures", "--ascent-epochs", "1"])
+    report = sharpness.main(["out", *few, "--out", "figures"])
     capsys.readouterr()
     on_disk = json.load(open("figures/embedded-sharpness.json"))
     assert on_disk == json.loads(json.dumps(report["embedded"]))
@@ -77,12 +78,12 @@ def test_all_parts_of_all_methods(capsys, monkeypatch):
         raise AssertionError("was there already")
     monkeypatch.setattr(sharpness, "DRAWINGS", {part: (name, print) for part, (name, _) in sharpness.DRAWINGS.items()})
     monkeypatch.setattr(sharpness, "MEASURES", {part: measured_again for part in sharpness.MEASURES})
-    again = sharpness.main(["out", *SMALL, "--out", "figures", "--ascent-epochs", "1"])
+    again = sharpness.main(["out", *few, "--out", "figures"])
     assert again["embedded"]["tables"] == report["embedded"]["tables"]
     cached = sharpness.main(["out", "--cached", "--rows", "3", "--out", "redrawn"])["embedded"]  # with its own settings
-    assert cached == again["embedded"] and cached["settings"]["c"]["rows"] == 12
+    assert cached == again["embedded"] and cached["settings"]["c"]["rows"] == 6
     with pytest.raises(AssertionError):
-        sharpness.main(["out", *SMALL, "--out", "figures", "--seed", "1"])
+        sharpness.main(["out", *few, "--out", "figures", "--seed", "1"])
 
 
 def test_what_was_measured_goes_with_the_run(tmp_path, monkeypatch, capsys):
@@ -101,7 +102,7 @@ def test_what_was_measured_goes_with_the_run(tmp_path, monkeypatch, capsys):
 
 
 def test_mean_and_standard_error_over_seeds():
-    report = sharpness.main(["out", *SMALL, "--parts", "c", "--out", "other"])["embedded"]
+    report = sharpness.main(["out", *SMALL, "--rows", "6", "--steps", "1", "--iterations", "1", "--parts", "c", "--out", "other"])["embedded"]
     values = {m: [r["full"]["eigenvalue"] for r in runs.values()] for m, runs in report["measured"]["c"].items()}
     entry = report["tables"]["c"]["full space, largest eigenvalue"]
     one, two = values["lora-sam"]
@@ -277,11 +278,13 @@ def test_lora_sams_perturbation_is_what_its_step_does():
         torch.testing.assert_close(eps, second - first, rtol=1e-3, atol=1e-7)
 
 
-def test_the_watched_ascent_trains_as_the_script_does():
+def test_the_watched_ascent_trains_as_the_script_does(monkeypatch):
     """Adam with the paper's eta2 is --method bi-lora: the last pair it sees is one step before the run's last."""
     run, options = a_run("bi-lora", "--parts", "f")
+    rules = sharpness.ascent_rules(0.01)
+    monkeypatch.setattr(sharpness, "ascent_rules", lambda lr: {name: rules[name] for name in ("Adam, paper's eta2", "power rule")})
     found = sharpness.measure_f(run, options)
-    assert set(found) == set(sharpness.ascent_rules(0.01)) and all(len(rows["rank"]) == 6 for rows in found.values())
+    assert len(found) == 2 and all(len(rows["rank"]) == 6 for rows in found.values())
     adam = found["Adam, paper's eta2"]
     assert 0.9 < adam["final"][-1] < 1 and adam["rank"][0] is None  # B2 = 0 before the first step
     steps = [step for step, _ in run.snapshots()]
