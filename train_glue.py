@@ -1155,7 +1155,7 @@ def add_shared_arguments(parser):
     """The groups "method" and "run", which are those of both scripts."""
     group = parser.add_argument_group("method")
     group.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS[:3]),
-                       help="bi-lora-power, which is not the paper's, perturbs by block power iteration (default: the first three)")
+                       help="bi-lora-power is not the paper's: it perturbs by block power iteration (default: the first three)")
     group.add_argument("--rank", type=number(int, 1), default=8, help="r (default: %(default)s)")
     group.add_argument("--aux-rank", type=number(int, 1), default=8, help="r2, Bi-LoRA (default: %(default)s)")
     group.add_argument("--alpha", type=number(float, 1e-6), default=16, help="scale s = alpha / r (default: %(default)s)")
@@ -1163,7 +1163,8 @@ def add_shared_arguments(parser):
                        help="radius of both methods; two values: LoRA-SAM's and Bi-LoRA's (default: by task)")
     group.add_argument("--lr", type=number(float, 0), help="largest learning rate of the cosine schedule, eta1 (default: by task)")
     group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent (default: --lr)")
-    group.add_argument("--momentum", type=number(float, 0, 1), default=0.5, help="of bi-lora-power's perturbation (default: %(default)s)")
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.5,
+                       help="of bi-lora-power's perturbation (default: %(default)s)")
     group.add_argument("--epochs", type=number(int, 1), help="passes over the training set (default: by task)")
     group.add_argument("--batch-size", type=number(int, 1), help="rows a step (default: by task)")
     group.add_argument("--micro-batch", type=number(int, 1), help="rows a forward pass (default: by task)")

@@ -101,14 +101,16 @@ def draw_c(results, path):
 def draw_d(results, path):
     _, axes, write = picture(path, 2, 2)
     axes = axes.flatten()
-    for key, label in (("B_epsA", "s B eps_A"), ("epsB_A", "s eps_B A"), ("epsB_epsA", "s eps_B eps_A"), ("ratio", "first two / third")):
+    terms = {"B_epsA": "s B eps_A", "epsB_A": "s eps_B A", "epsB_epsA": "s eps_B eps_A", "ratio": "first two / third"}
+    for key, label in terms.items():
         for runs in [results[method] for method in results if method == "lora-sam"]:
             band(axes[0], steps_of(runs), [run[key] for run in runs.values()], label, linestyle="--" if key == "ratio" else "-")
     axes[0].set_yscale("log")
     named(axes[0], "step", "norm", "LoRA-SAM's perturbation")
+    modules = {"B": "B1", "A": "A1", "primary": "B1 A1", "auxiliary": "B2 A2", "between": "B1 A1 with B2 A2"}
     for axis, method in zip(axes[1:], ("lora-sam", "bi-lora", "bi-lora-power")):
         runs = results.get(method, {})
-        for key, label in (("B", "B1"), ("A", "A1"), ("primary", "B1 A1"), ("auxiliary", "B2 A2"), ("between", "B1 A1 with B2 A2")):
+        for key, label in modules.items():
             if runs and key in next(iter(runs.values())) and (method == "lora-sam" or key not in "BA"):
                 band(axis, steps_of(runs), [run[key] for run in runs.values()], label)
         named(axis, "step", "cosine with last value", method)
@@ -124,8 +126,9 @@ def steps_of(runs):
 
 def draw_e(results, path):
     _, axes, write = picture(path, 2, 2)
-    for axis, (key, label) in zip(axes.flat, (("cosine_batch", "cosine with G of the batch"), ("cosine_sample", "cosine with G over the sample"),
-                                              ("gain_batch", "share of SAM's increase, batch"), ("gain_sample", "share of SAM's increase, sample"))):
+    labels = {"cosine_batch": "cosine with G of the batch", "cosine_sample": "cosine with G over the sample",
+              "gain_batch": "share of SAM's increase, batch", "gain_sample": "share of SAM's increase, sample"}
+    for axis, (key, label) in zip(axes.flat, labels.items()):
         for method, runs in results.items():
             runs = {seed: run for seed, run in runs.items() if run}
             for prefix, style in (("", "-"), ("random_", ":")):
@@ -172,5 +175,6 @@ def draw_g(results, path):
     write()
 
 
-DRAWINGS = {"a": ("landscapes", draw_a), "contour": ("contour", draw_contour), "b": ("adversarial", draw_b), "c": ("worst-case", draw_c),
-            "d": ("perturbations", draw_d), "e": ("adversity", draw_e), "f": ("ascent", draw_f), "g": ("gap", draw_g)}
+DRAWINGS = {"a": ("landscapes", draw_a), "contour": ("contour", draw_contour), "b": ("adversarial", draw_b),
+            "c": ("worst-case", draw_c), "d": ("perturbations", draw_d), "e": ("adversity", draw_e),
+            "f": ("ascent", draw_f), "g": ("gap", draw_g)}

@@ -129,7 +129,8 @@ class Run:
         """[(step, path)]."""
         folder = os.path.join(self.folder, "snapshots")
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        found = [(int(match[1]), os.path.join(folder, name)) for name in names if (match := re.fullmatch(r"step-(\d+)\.pt", name))]
+        found = [(int(match[1]), os.path.join(folder, name)) for name in names
+                 if (match := re.fullmatch(r"step-(\d+)\.pt", name))]
         if not found:
             raise ValueError(f"{folder}: no snapshots; expected a run with --snapshots, which parts d and e need")
         return found
@@ -164,8 +165,8 @@ class Run:
 def run_folders(path):
     """The run folders in the --out of a command; a run folder is its own."""
     names = [path, *(os.path.join(path, name) for name in sorted(os.listdir(path)))]
-    found = [name for name in names if all(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_model.bin"))
-             and os.path.isfile(os.path.join(name, "metrics.json"))]
+    files = ("config.json", "adapter_model.bin", "metrics.json")
+    found = [name for name in names if all(os.path.isfile(os.path.join(name, file)) for file in files)]
     if not found:
         raise ValueError(f"{path}: no finished run; expected the --out of train_glue.py or train_gsm8k.py, or a folder in it")
     return found
@@ -180,8 +181,9 @@ def load_runs(options):
             if key not in config:
                 raise ValueError(f"{os.path.join(folder, 'config.json')}: no {key!r}; expected a run's settings")
         added = vars(script.parse_arguments([])[1])  # an option that the run is older than has its default
-        args = argparse.Namespace(**{**added, **config, "rho": [config["rho"]], "method": [config["method"]], "device": options.device,
-                                     "bf16": False, "micro_batch": None, "checkpointing": False, "eval_batch_size": 250})
+        args = argparse.Namespace(**{**added, **config, "rho": [config["rho"]], "method": [config["method"]],
+                                     "device": options.device, "bf16": False, "micro_batch": None,
+                                     "checkpointing": False, "eval_batch_size": 250})
         key = json.dumps({name: value for name, value in config.items() if name not in ("method", "seed", "rho")})
         if options.cached:
             experiments[key] = None
@@ -203,7 +205,8 @@ def random_directions(run, options, count, points):
     for space, span in zip(SPACES, options.span):
         params, weights = run.space(space)
         generator = run.generator()
-        yield space, params, [filter_normalised(weights, generator) for _ in range(count)], np.linspace(-span, span, points).tolist()
+        directions = [filter_normalised(weights, generator) for _ in range(count)]
+        yield space, params, directions, np.linspace(-span, span, points).tolist()
 
 
 def measure_a(run, options):
@@ -310,7 +313,8 @@ def measure_e(run, options):
                 part |= {"reach": reachable_energy(G, pairs), "best_rank": best_rank_energy(G, len(pairs[0][1]))}
             parts.append(part)
         if parts:
-            rows.append({"step": step, "gradient": norm(G), **{key: np.mean([p[key] for p in parts if key in p]).item() for key in parts[0]}})
+            means = {key: np.mean([part[key] for part in parts if key in part]).item() for key in parts[0]}
+            rows.append({"step": step, "gradient": norm(G), **means})
     return {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
 
 
@@ -320,7 +324,7 @@ def increase(losses, weights, eps, before):
 
 
 def measure_g(run, options):
-    """Lists over some snapshots: loss and first metric on the training sample and on evaluation rows, and the gap of the losses."""
+    """Lists over some snapshots: loss and first metric on the training sample and on evaluation rows, and the losses' gap."""
     rows, evaluation = [], next(iter(run.data[1].values()))
     evaluation = random.Random(options.seed).sample(evaluation, min(options.eval_rows, len(evaluation)))
     for step, path in run.moments():
@@ -340,7 +344,8 @@ def ascent_rules(lr):
     """{name: (kind, eta2, does eta2 follow the cosine)}."""
     return {"Adam, paper's eta2": ("adam", lr, True), "Adam, eta2 / 10": ("adam", lr / 10, True),
             "Adam, eta2 / 100": ("adam", lr / 100, True), "Adam, eta2 constant": ("adam", lr, False),
-            "plain, eta2 = 1": ("plain", 1.0, True), "plain, eta2 = 10": ("plain", 10.0, True), "power rule": ("power", 0.0, True)}
+            "plain, eta2 = 1": ("plain", 1.0, True), "plain, eta2 = 10": ("plain", 10.0, True),
+            "power rule": ("power", 0.0, True)}
 
 
 def measure_f(run, options):
@@ -389,7 +394,8 @@ def watch_ascent(run, args, kind, eta2, falls):
     for row, pairs in zip(rows, history):
         row["final"] = low_rank_cosine(pairs, run.auxiliary())
     run.drop()
-    return {key: [row.get(key) for row in rows] for key in ("rank", *(f"lag {lag}" for lag in LAGS), "final", "cosine_batch", "cosine_sample")}
+    keys = ("rank", *(f"lag {lag}" for lag in LAGS), "final", "cosine_batch", "cosine_sample")
+    return {key: [row.get(key) for row in rows] for key in keys}
 
 
 def plain_ascent_step(optimizer, closure, layers, rho, eta2):
@@ -453,19 +459,24 @@ def measure(runs, options):
 
 def parse_arguments(argv):
     parser = train_glue.Parser(prog="sharpness.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="+", metavar="RUN", help="the --out of train_glue.py or train_gsm8k.py, or a run folder in it")
+    parser.add_argument("run", nargs="+", metavar="RUN",
+                        help="the --out of train_glue.py or train_gsm8k.py, or a run folder in it")
     parser.add_argument("--parts", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
     parser.add_argument("--out", help="folder of the pictures, tables and numbers (default: the first RUN)")
     parser.add_argument("--cached", action=argparse.BooleanOptionalAction, default=False,
                         help="measure nothing: draw what the run folders hold, with the settings it was measured with")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of rows, directions and batches (default: %(default)s)")
-    parser.add_argument("--device", type=train_glue.device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--rows", type=number(int, 1), default=128, help="training rows that the loss is measured on (default: %(default)s)")
-    parser.add_argument("--eval-rows", type=number(int, 1), default=1000, help="b, g: rows of each evaluation set (default: %(default)s)")
+    parser.add_argument("--device", type=train_glue.device_name, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: %(default)s")
+    parser.add_argument("--rows", type=number(int, 1), default=128,
+                        help="training rows that the loss is measured on (default: %(default)s)")
+    parser.add_argument("--eval-rows", type=number(int, 1), default=1000,
+                        help="b, g: rows of each evaluation set (default: %(default)s)")
     parser.add_argument("--directions", type=number(int, 1), default=3, help="a: random directions (default: %(default)s)")
     parser.add_argument("--points", type=number(int, 3), default=15, help="a: points along each (default: %(default)s)")
     parser.add_argument("--grid", type=number(int, 2), default=9, help="contour: points along each axis (default: %(default)s)")
-    parser.add_argument("--span", type=number(float, 0), nargs=2, default=[1.0, 0.5], help="a, contour: largest alpha in LoRA space and in full space (default: 1 0.5)")
+    parser.add_argument("--span", type=number(float, 0), nargs=2, default=[1.0, 0.5],
+                        help="a, contour: largest alpha in LoRA space and in full space (default: 1 0.5)")
     parser.add_argument("--alphas", type=number(float, 0), nargs="+", default=[0, 0.1, 0.25, 0.5, 1, 2.5, 4, 5],
                         help="b: default: the paper's, 0 0.5 1 2.5 4 5, and two smaller ones, 0.1 0.25")
     parser.add_argument("--radii", type=number(float, 0), nargs="+", default=[0.05, 0.2, 1.0], help="c: default: 0.05 0.2 1")
@@ -473,8 +484,10 @@ def parse_arguments(argv):
     parser.add_argument("--iterations", type=number(int, 1), default=15, help="c: of the power iteration (default: %(default)s)")
     parser.add_argument("--moments", type=number(int, 1), default=5, help="e, g: snapshots (default: %(default)s)")
     parser.add_argument("--batches", type=number(int, 1), default=4, help="e: training batches (default: %(default)s)")
-    parser.add_argument("--ascent-seeds", type=number(int, 1), default=3, help="f: Bi-LoRA's first seeds only (default: %(default)s)")
-    parser.add_argument("--ascent-epochs", type=number(int, 0), default=0, help="f: epochs of its trainings (default: 0, the run's)")
+    parser.add_argument("--ascent-seeds", type=number(int, 1), default=3,
+                        help="f: Bi-LoRA's first seeds only (default: %(default)s)")
+    parser.add_argument("--ascent-epochs", type=number(int, 0), default=0,
+                        help="f: epochs of its trainings (default: 0, the run's)")
     return parser, parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
-"""Write the measured tables into the notes and README: every number between two marks comes from a JSON file that sharpness.py wrote.
+"""The tables of sharpness.py; as a script, write them into the notes and README, between marks, from its JSON files.
 
     python notes/sharpness.py runs/embedded --out notes/figures && python notes/tables.py
 
-A mark is a line `<!-- table: TASKS PART METHODS "START" ... -->`, its end a line `<!-- end -->`.  TASKS and METHODS are names with commas
-between them, or *; the rows are the quantities of the part whose names begin with one of the STARTs, all where there is none.
+A mark is a line `<!-- table: TASKS PART METHODS "START" ... -->`, its end a line `<!-- end -->`.  TASKS and METHODS are names with
+commas between them, or *; the rows are the quantities of the part whose names begin with one of the STARTs, all where there is none.
 A cell is mean ± standard error over the seeds; after it, in brackets, that of the difference to LoRA, seed by seed.
 """
 
@@ -31,36 +31,68 @@ def mean_of(values):
 
 
 def quantities(part, result):
-    """{what: number} of one run and part: what a table has."""
-    if part == "a":
-        return {f"{space} space, mean increase at alpha = ±{value['alphas'][-1]:g}":
-                np.mean([(row[0] + row[-1]) / 2 - row[len(row) // 2] for row in value["losses"]]).item() for space, value in result.items()}
-    if part == "b":
-        return {f"{space} space, {key} at {alpha:g}": value for space, values in result.items() for key in values if key != "alphas"
-                for alpha, value in zip(values["alphas"], values[key])}
-    if part == "c":
-        return {**{f"{space} space, worst increase within {rho:g}": value for space, values in result.items()
-                   for rho, value in zip(values["radii"], values["increase"])},
-                **{f"{space} space, {name}": values[key] for space, values in result.items()
-                   for name, key in (("largest eigenvalue", "eigenvalue"), ("residual of the eigenvalue", "residual"))}}
-    if part == "d":
-        half = next(i for i, step in enumerate(result["step"]) if 2 * step >= result["step"][-1])
-        names = {"ratio": "first-order terms / third, median", "B": "B1, half-way, with its last value", "A": "A1, half-way, with its last value",
-                 "primary": "B1 A1, half-way, with its last value", "auxiliary": "B2 A2, half-way, with its last value",
-                 "between": "B1 A1 with B2 A2, half-way"}
-        return {name: np.nanmedian(np.array(result[key], dtype=float)).item() if key == "ratio" else result[key][half] for key, name in names.items() if key in result}
-    if part == "e":
-        root = {f"{key}, root mean square": np.sqrt(np.mean(np.square(values))).item() for key, values in result.items() if "cosine" in key}
-        means = {key: np.mean(values).item() for key, values in result.items() if key != "step"}
-        return {key.replace("_", " "): value for key, value in {**means, **root}.items()}
-    if part == "g":
-        return {f"{key}, at the end": values[-1] for key, values in result.items() if key != "step"}
-    if part == "f":
-        return {f"{rule}: {name}": value for rule, rows in result.items() for name, value in (
-            ("effective rank", mean_of(rows["rank"])), *((f"with itself {lag} steps ago", mean_of(rows[f"lag {lag}"])) for lag in (1, 8, 32)),
-            ("cosine half-way with its last value", rows["final"][len(rows["final"]) // 2]),
-            ("cosine with G of the batch", mean_of(rows["cosine_batch"])), ("cosine with G over the sample", mean_of(rows["cosine_sample"])))}
-    return {}
+    """{what: number} of one run and part: the rows of its table."""
+    return QUANTITIES[part](result)
+
+
+def quantities_a(result):
+    rows = {}
+    for space, found in result.items():
+        rises = [(losses[0] + losses[-1]) / 2 - losses[len(losses) // 2] for losses in found["losses"]]
+        rows[f"{space} space, mean increase at alpha = ±{found['alphas'][-1]:g}"] = np.mean(rises).item()
+    return rows
+
+
+def quantities_b(result):
+    return {f"{space} space, {key} at {alpha:g}": value for space, found in result.items() for key in found if key != "alphas"
+            for alpha, value in zip(found["alphas"], found[key])}
+
+
+def quantities_c(result):
+    rows = {f"{space} space, worst increase within {rho:g}": value for space, found in result.items()
+            for rho, value in zip(found["radii"], found["increase"])}
+    for space, found in result.items():
+        rows[f"{space} space, largest eigenvalue"] = found["eigenvalue"]
+        rows[f"{space} space, residual of the eigenvalue"] = found["residual"]
+    return rows
+
+
+def quantities_d(result):
+    half = next(i for i, step in enumerate(result["step"]) if 2 * step >= result["step"][-1])
+    names = {"B": "B1, half-way, with its last value", "A": "A1, half-way, with its last value",
+             "primary": "B1 A1, half-way, with its last value", "auxiliary": "B2 A2, half-way, with its last value",
+             "between": "B1 A1 with B2 A2, half-way"}
+    rows = {name: result[key][half] for key, name in names.items() if key in result}
+    if "ratio" in result:
+        rows["first-order terms / third, median"] = np.nanmedian(np.array(result["ratio"], dtype=float)).item()
+    return rows
+
+
+def quantities_e(result):
+    rows = {key.replace("_", " "): np.mean(values).item() for key, values in result.items() if key != "step"}
+    for key in [key for key in result if "cosine" in key]:
+        rows[key.replace("_", " ") + ", root mean square"] = np.sqrt(np.mean(np.square(result[key]))).item()
+    return rows
+
+
+def quantities_f(result):
+    rows = {}
+    for rule, found in result.items():
+        rows[f"{rule}: effective rank"] = mean_of(found["rank"])
+        for lag in (1, 8, 32):
+            rows[f"{rule}: with itself {lag} steps ago"] = mean_of(found[f"lag {lag}"])
+        rows[f"{rule}: cosine half-way with its last value"] = found["final"][len(found["final"]) // 2]
+        rows[f"{rule}: cosine with G of the batch"] = mean_of(found["cosine_batch"])
+        rows[f"{rule}: cosine with G over the sample"] = mean_of(found["cosine_sample"])
+    return rows
+
+
+def quantities_g(result):
+    return {f"{key}, at the end": values[-1] for key, values in result.items() if key != "step"}
+
+
+QUANTITIES = {"a": quantities_a, "b": quantities_b, "c": quantities_c, "d": quantities_d, "e": quantities_e, "f": quantities_f,
+              "g": quantities_g}
 
 
 def tables(results, runs):
@@ -72,8 +104,9 @@ def tables(results, runs):
     for run in runs:
         scores.setdefault(run["method"], {})[run["seed"]] = run["metrics"]
     columns = {"scores": {method: scores[method] for method in METHODS if method in scores}}
-    columns |= {part: {method: {seed: quantities(part, result) for seed, result in seeds.items()} for method, seeds in methods.items()}
-                for part, methods in results.items() if part != "contour"}
+    for part in [part for part in results if part != "contour"]:
+        columns[part] = {method: {seed: quantities(part, result) for seed, result in seeds.items()}
+                         for method, seeds in results[part].items()}
     for part, methods in columns.items():
         rows = list(dict.fromkeys(name for seeds in methods.values() for values in seeds.values() for name in values))
         text += ["", f"| {part} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
@@ -132,7 +165,8 @@ def table(mark, numbers):
         raise ValueError(f"<!-- table: {mark} -->: none of these methods was measured")
     heads = [", ".join([task] * (len(tasks) > 1) + [method] * (len(methods) > 1 or len(tasks) == 1)) for task, method in columns]
     lines = [["", *heads], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(text_of(numbers[task].get(part, {}).get(name, {}).get(method, {})) for task, method in columns)] for name in rows]
+    for name in rows:
+        lines.append([name, *(text_of(numbers[task].get(part, {}).get(name, {}).get(method, {})) for task, method in columns)])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
