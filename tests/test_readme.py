@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 import shutil
+import sys
 from collections import OrderedDict
 
 import torch
@@ -15,6 +16,9 @@ from model import Transformer, read_safetensors
 import train_glue
 import train_gsm8k
 from train_glue import TASKS, main
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
+import sharpness  # noqa: E402
 
 README = open(os.path.join(os.path.dirname(__file__), "..", "README.md"), encoding="utf-8").read()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -80,7 +84,8 @@ def test_the_adapter_of_peft_goes_through(tmp_path, monkeypatch):
 def test_names_and_options_exist():
     for name in re.findall(r"`(\w+)\(", README):
         assert hasattr(bilora, name) or name in ("closure", "backward"), name
-    helps = [module.parse_arguments([])[0].format_help() for module in (train_glue, train_gsm8k)]
+    helps = [module.parse_arguments(argv)[0].format_help() for module, argv in (
+        (train_glue, []), (train_gsm8k, []), (sharpness, ["RUN"]))]
     for option in re.findall(r"--[a-z][a-z0-9-]+", re.sub("<!--|-->", "", README)):
         assert any(option in text for text in helps), option
     assert all(task in README for task in TASKS)
