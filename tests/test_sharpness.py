@@ -54,9 +54,10 @@ def a_run(method, *options):
 
 @pytest.mark.pictures
 def test_all_parts_of_all_methods(capsys, monkeypatch):
+    runs = [*(f"out/{method}-seed0" for method in train_glue.METHODS), "out/lora-sam-seed1"]
     few = [*SMALL, "--ascent-epochs", "1", "--rows", "6", "--iterations", "1", "--steps", "1", "--moments", "1", "--batches", "1"]
     monkeypatch.setattr(sharpness, "ascent_rules", lambda lr, rules=sharpness.ascent_rules: dict(list(rules(lr).items())[::3]))
-    report = sharpness.main(["out", *few, "--out", "figures"])
+    report = sharpness.main([*runs, *few, "--out", "figures"])
     capsys.readouterr()
     on_disk = json.load(open("figures/embedded-sharpness.json"))
     assert on_disk == json.loads(json.dumps(report["embedded"]))
@@ -78,12 +79,12 @@ def test_all_parts_of_all_methods(capsys, monkeypatch):
         raise AssertionError("was there already")
     monkeypatch.setattr(sharpness, "DRAWINGS", {part: (name, print) for part, (name, _) in sharpness.DRAWINGS.items()})
     monkeypatch.setattr(sharpness, "MEASURES", {part: measured_again for part in sharpness.MEASURES})
-    again = sharpness.main(["out", *few, "--out", "figures"])
+    again = sharpness.main([*runs, *few, "--out", "figures"])
     assert again["embedded"]["tables"] == report["embedded"]["tables"]
-    cached = sharpness.main(["out", "--cached", "--rows", "3", "--out", "redrawn"])["embedded"]  # with its own settings
+    cached = sharpness.main([*runs, "--cached", "--rows", "3", "--out", "redrawn"])["embedded"]  # with its own settings
     assert cached == again["embedded"] and cached["settings"]["c"]["rows"] == 6
     with pytest.raises(AssertionError):
-        sharpness.main(["out", *few, "--out", "figures", "--seed", "1"])
+        sharpness.main([*runs, *few, "--out", "figures", "--seed", "1"])
 
 
 def test_what_was_measured_goes_with_the_run(tmp_path, monkeypatch, capsys):
