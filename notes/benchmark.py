@@ -20,7 +20,7 @@ import time
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from bilora import add_lora, bilora_optimizer, bilora_step, lora_sam_step, lora_step, primary_parameters  # noqa: E402
+from bilora import add_lora, bilora_optimizer, bilora_power_step, bilora_step, lora_sam_step, lora_step, primary_parameters  # noqa: E402
 from model import Config, Transformer  # noqa: E402
 from train_glue import METHODS, TASKS, Experiment, forward_backward, peak_memory, reset_peak_memory  # noqa: E402
 
@@ -43,7 +43,7 @@ def build_step(method, args):
         inject_adapter_in_model(LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets), model)
         layers = []
     else:
-        layers = add_lora(model, args.rank, 2 * args.rank, args.rank if method == "bi-lora" else 0)
+        layers = add_lora(model, args.rank, 2 * args.rank, args.rank if method.startswith("bi-lora") else 0)
     model.classifier.requires_grad_(True)
     model.train()
     optimizer, primary = bilora_optimizer(model, 5e-4), primary_parameters(model)
@@ -62,6 +62,8 @@ def build_step(method, args):
             lora_sam_step(optimizer, closure, 0.01, primary).item()
         elif method == "bi-lora":
             bilora_step(optimizer, closure, layers, 0.05).item()
+        elif method == "bi-lora-power":
+            bilora_power_step(optimizer, closure, layers, 0.05).item()
         if args.device.startswith("cuda"):
             torch.cuda.synchronize()
     return step
@@ -112,14 +114,14 @@ def main(argv=None):
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()} CPU"
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, bf16 {args.bf16}, batch "
           f"{args.batch_size} x {args.length}, rank {args.rank}, {args.rounds} rounds")
-    print(f"{'method':<10} {'s/step':<8} {'/ LoRA':<8} {'middle half':<16} peak MiB")
+    print(f"{'method':<14} {'s/step':<8} {'/ LoRA':<8} {'middle half':<16} peak MiB")
     report = {}
     for method in methods:
         ratios = [b / a for a, b in zip(seconds["lora"], seconds[method])]
         low, middle, high = statistics.quantiles(ratios, n=4)
         report[method] = {"seconds": statistics.median(seconds[method]), "ratio": middle, "quartiles": [low, high],
                           "peak_memory_bytes": memory_alone(method, argv)}
-        print(f"{method:<10} {report[method]['seconds']:<8.4f} {middle:<8.3f} {f'{low:.3f} - {high:.3f}':<16} "
+        print(f"{method:<14} {report[method]['seconds']:<8.4f} {middle:<8.3f} {f'{low:.3f} - {high:.3f}':<16} "
               f"{(report[method]['peak_memory_bytes'] or 0) / 2**20:.0f}")
     if args.out:
         with open(args.out + ".tmp", "w") as file:
