@@ -1157,10 +1157,10 @@ def add_shared_arguments(parser):
     group.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS[:3]),
                        help="bi-lora-power is not the paper's: it perturbs by block power iteration (default: the first three)")
     group.add_argument("--rank", type=number(int, 1), default=8, help="r (default: %(default)s)")
-    group.add_argument("--aux-rank", type=number(int, 1), default=8, help="r2, Bi-LoRA (default: %(default)s)")
+    group.add_argument("--aux-rank", type=number(int, 1), default=8, help="r2, Bi-LoRA and the power rule (default: %(default)s)")
     group.add_argument("--alpha", type=number(float, 1e-6), default=16, help="scale s = alpha / r (default: %(default)s)")
     group.add_argument("--rho", type=number(float, 0), nargs="+",
-                       help="radius of both methods; two values: LoRA-SAM's and Bi-LoRA's (default: by task)")
+                       help="radius; two values: LoRA-SAM's, and that of Bi-LoRA and the power rule (default: by task)")
     group.add_argument("--lr", type=number(float, 0), help="largest learning rate of the cosine schedule, eta1 (default: by task)")
     group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent (default: --lr)")
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.5,

@@ -132,7 +132,7 @@ class Run:
         found = [(int(match[1]), os.path.join(folder, name)) for name in names
                  if (match := re.fullmatch(r"step-(\d+)\.pt", name))]
         if not found:
-            raise ValueError(f"{folder}: no snapshots; expected a run with --snapshots, which parts d and e need")
+            raise ValueError(f"{folder}: no snapshots; expected a run with --snapshots, which parts d, e and g need")
         return found
 
     def moments(self):
@@ -284,8 +284,9 @@ def perturbation(run, losses):
 def measure_e(run, options):
     """At some snapshots, lists over them.  For the method's perturbation and a random one as long ("random_..."):
     cosine_batch with G of a batch and gain_batch, its loss increase over that of SAM's perturbation of the same length; the
-    same over the sample; reach, the share of ||G||^2 in the subspace that the method can reach, and best_rank, that of the
-    best approximation of its rank.  A mean over the batches.  None where the perturbation is zero."""
+    same over the sample; reach, the share of ||G||^2, G over the sample, in {B X + Y A} of LoRA-SAM's primary pairs or Bi-LoRA's
+    auxiliary ones, and best_rank, that of the best approximation of their rank.  Means over the batches; the sample's with
+    the perturbation of the first batch.  A snapshot whose perturbation is zero is left out."""
     rows = []
     for step, path in run.moments():
         run.put(path)
