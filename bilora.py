@@ -1,26 +1,34 @@
 """LoRA, LoRA-SAM and Bi-LoRA: an adapted linear layer, and three steps that differ in a few lines.
 
 Bi-LoRA: Efficient Sharpness-Aware Minimization for Fine-Tuning Large-Scale Models, arXiv
-2508.19564; Eq. (n) is that paper's equation n.  LoRA: arXiv 2106.09685.  SAM: arXiv 2010.01412.
+2508.19564 v2; Eq. (n) is that paper's equation n.  LoRA: arXiv 2106.09685.  SAM: arXiv 2010.01412.
 
 symbol   name in code     shape             meaning
 W0       weight           (m, n)            frozen weight of the base: m outputs, n inputs
 B1, A1   lora_B, lora_A   (m, r), (r, n)    primary pair: learns the task, by descent
 B2, A2   aux_B, aux_A     (m, r2), (r2, n)  auxiliary pair: the adversarial perturbation, by ascent
-s        scale            number            alpha / r, on both pairs
+s        scale            number            alpha / r, on both pairs, in the forward pass
 G        -                (m, n)            dL/dW at the weights that the forward pass used
-rho      rho              number            radius over all layers, of eps or of c
+rho      rho              number            radius over all layers, of eps or of B2 A2
 F        norm             0-dim             ||g||, norm of the gradients LoRA-SAM moves along
-c        c                0-dim             sqrt(sum_i ||s B2_i A2_i||^2) over the adapted layers i
+c        c                0-dim             sqrt(sum_i ||B2_i A2_i||^2) over the layers i, without s
 
-Where the paper leaves something open, or this file deviates from it:
-1. The paper drops s "for simplicity".  Here s stays, so that c measures what W really receives.
-2. eps = rho g / ||g|| has no constant in its denominator; where all of g is zero, eps is zero.
-3. Both passes of LoRA-SAM draw the same random numbers from torch's CPU and CUDA generators, so the
+What the paper leaves open, and what is done here:
+1. Optimizers.  The equations are plain gradient steps.  bilora_optimizers descends by AdamW and
+   ascends by plain SGD, as the authors' code is reported to do; ascent="adamw" is another choice.
+2. Weight decay: 0 by default, and always 0 for the auxiliary pairs.
+3. Initialisation: A1 and A2 Kaiming-uniform, B1 and B2 zero, so that W = W0 at the start.
+4. Eq. (4) is printed for one pair; here one radius covers all layers, as in Eq. (10).
+5. Gradient clipping: none.
+6. A head that is trained in full descends, and is not perturbed unless `params` names it.
+
+Where this file goes beyond the paper:
+7. Eq. (4) divides by F; where every gradient is zero, eps is zero.
+8. Both passes of LoRA-SAM draw the same random numbers from torch's CPU and CUDA generators, so the
    same dropout masks.  (BatchNorm's running statistics see both passes.)
-4. A parameter without a gradient in pass 1 is not perturbed; without one in pass 2, not stepped.
-5. A loss or gradient that is NaN or infinite ends the step before the optimizer has moved.
-6. A2 starts Kaiming-uniform and B2 at zero, as A1 and B1 do.  They have no weight decay.
+9. A parameter without a gradient in pass 1 is not perturbed; without one in pass 2, not stepped.
+10. A step that cannot do its work ends before an optimizer has moved: a loss or gradient that is
+    NaN or infinite, and a closure that leaves no gradient.
 """
 
 import contextlib
@@ -46,8 +54,7 @@ class LoRALinear(nn.Module):
     W = W0 + s B1 A1 in eval mode, W0 + s B1 A1 + s B2 A2 in training mode.
 
     x: (..., n) -> y: (..., m).  The pairs are float32 whatever the dtype of `linear`.  train() and
-    eval() touch no weight.  Raises ValueError for rank < 1, aux_rank < 0, either above min(m, n),
-    and for an empty x.
+    eval() touch no weight.  Raises ValueError for rank < 1, aux_rank < 0 and either above min(m, n).
     """
 
     def __init__(self, linear, rank, alpha, aux_rank=0):
@@ -78,12 +85,10 @@ class LoRALinear(nn.Module):
         return nn.Parameter(A.to(self.weight.device)), nn.Parameter(B.to(self.weight.device))
 
     def forward(self, x):
-        if x.numel() == 0:
-            raise ValueError(f"LoRALinear got an empty batch, shape {tuple(x.shape)}")
         A, B = self.lora_A, self.lora_B
         if self.training and self.aux_A is not None:  # two pairs are one pair of rank r + r2
             A, B = torch.cat([A, self.aux_A]), torch.cat([B, self.aux_B], dim=1)
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, x.shape[-1])
         out = F.linear(rows, self.weight, self.bias)
         low = F.linear(rows, A.to(rows.dtype)).to(out.dtype)
         out.addmm_(low, B.to(out.dtype).t(), alpha=self.scale)  # out += s (x A^T) B^T
@@ -112,23 +117,20 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     """Put a LoRALinear in place of each targeted nn.Linear, freeze every other parameter, and
     return the new layers.
 
-    targets: a regular expression searched for in the module names; by default every nn.Linear but
-    those under a module called lm_head, classifier, score or head.  An nn.Linear with two names
-    becomes one LoRALinear.  All primary pairs are drawn (from torch's default generator) before
-    the auxiliary ones: a seed gives the same primary pairs whatever aux_rank is.
-    Raises ValueError where nothing matches (listing the names there are), for a target that cannot
-    be adapted, a rank that does not fit and a model with adapters; nothing has changed then.
+    targets: a regular expression searched for in the module names, or a list of name endings
+    (["q", "v"] takes every layer called q or v); by default every nn.Linear but those under a
+    module called lm_head, classifier, score or head.  An nn.Linear with two names becomes one
+    LoRALinear.  All primary pairs are drawn (from torch's default generator) before the auxiliary
+    ones: a seed gives the same primary pairs whatever aux_rank is.
+    Raises ValueError where the expression, or an ending, matches nothing (listing the names there
+    are), for a target that cannot be adapted, a rank that does not fit and a model with adapters;
+    nothing has changed then.
     """
     if lora_layers(model):
         raise ValueError("the model has LoRA adapters already; merge_lora_ them first")
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
                if name and isinstance(module, nn.Linear)}
-    if targets is None:
-        names = [name for name in linears if not HEADS & set(name.split("."))]
-    else:
-        names = [name for name in linears if re.search(targets, name)]
-    if not names:
-        raise ValueError(f"targets={targets!r} matches no nn.Linear of {', '.join(linears) or 'none'}")
+    names = _targeted(list(linears), targets)
     _require_adaptable(model, {name: linears[name] for name in names})
     for name in names:
         _require_ranks(linears[name], rank, aux_rank, f"{name}: ")
@@ -139,6 +141,23 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     for name in names:
         _replace(model, name, adapted[linears[name]])
     return list(adapted.values())
+
+
+def _targeted(names, targets):
+    """Those of the names that targets asks for, in the order of `names`."""
+    if targets is None:
+        wanted = {"the default": [name for name in names if not HEADS & set(name.split("."))]}
+    elif isinstance(targets, str):
+        wanted = {repr(targets): [name for name in names if re.search(targets, name)]}
+    else:
+        wanted = {repr(end): [name for name in names if f".{name}".endswith(f".{end}")]
+                  for end in targets}
+    for target, found in wanted.items():
+        if not found:
+            raise ValueError(f"targets: {target} matches no nn.Linear of {', '.join(names) or 'none'}")
+    if not wanted:
+        raise ValueError(f"targets is {targets!r}; expected a regular expression or name endings")
+    return [name for name in names if any(name in found for found in wanted.values())]
 
 
 def _require_ranks(linear, rank, aux_rank, where=""):
@@ -188,125 +207,21 @@ def auxiliary_parameters(model):
 
 def _perturbed_layers(layers):
     """Those with an auxiliary pair, each once."""
+    if isinstance(layers, nn.Module):
+        raise ValueError(f"layers is a {type(layers).__name__}; expected the list that add_lora "
+                         "returned, or lora_layers(model)")
     return [layer for layer in dict.fromkeys(layers) if layer.aux_A is not None]
 
 
-# ------------------------------------------------------------------------------ the three steps
-# closure() runs forward and backward on the current batch (all its micro-batches), returns the loss
-
-
-def lora_step(optimizer, closure):
-    """One step of LoRA, Eq. (2): descend along g, the gradient at w.  One pass.
-
-    Returns the loss, 0-dim.  Raises FloatingPointError for a NaN or infinite loss or gradient,
-    and has moved nothing then.
-    """
-    _start_pass(optimizer)
-    loss = closure()                                                # g = dL/dw at w
-    _require_finite("LoRA", optimizer, loss)
-    optimizer.step()
-    return loss.detach()
-
-
-def lora_sam_step(optimizer, closure, rho, params=None):
-    """One step of LoRA-SAM, Eq. (3, 4), or of SAM, Eq. (A2, A3): descend along the gradient at
-    w + eps, eps = rho g / F.  Two passes, with the same batch and the same dropout masks.
-
-    rho: Frobenius norm of eps over all of `params` together, by default all that the optimizer
-    holds; where those are all weights of a model, this is plain SAM.  The weights are put back bit
-    for bit, in their own storage, before the optimizer moves them or an exception leaves.
-    Returns the loss of the first pass, 0-dim.  Raises ValueError for rho < 0 and for no params,
-    FloatingPointError for a NaN or infinite loss or gradient in either pass, and has moved nothing
-    then.
-    """
-    _require_radius(rho)
-    params = list(dict.fromkeys(_parameters(optimizer) if params is None else params))
-    if not params:
-        raise ValueError("params is empty; expected the parameters to perturb")
-    _start_pass(optimizer, params)
-    with _random_state_restored_after(params):
-        loss = closure()                                            # pass 1: g = dL/dw at w
-    _require_finite("LoRA-SAM, pass 1", optimizer, loss, params)
-    with _perturbed(params, rho):                                   # (3) w + rho g / F
-        _start_pass(optimizer, params)
-        _require_finite("LoRA-SAM, pass 2", optimizer, closure())   # pass 2: dL/dw at w + eps
-    optimizer.step()                                                # (4)
-    return loss.detach()
-
-
-def bilora_step(optimizer, closure, layers, rho):
-    """One step of Bi-LoRA, Eq. (8-10): (B1, A1) descend and (B2, A2) ascend along the gradients of
-    the same pass; then the perturbation is clipped.  One pass.
-
-    layers: the adapted layers, whose auxiliary pairs the optimizer holds in a group with
-    maximize=True (bilora_optimizer makes one), in training mode, for in eval mode such a pair is
-    not seen.  rho: largest c = sqrt(sum_i ||s B2_i A2_i||^2).
-    Returns the loss, 0-dim.  Raises ValueError for rho < 0, for a layer in eval mode and where not
-    all auxiliary pairs ascend or a primary one does, FloatingPointError for a NaN or infinite loss
-    or gradient, and has moved nothing then.
-    """
-    _require_radius(rho)
-    layers = _perturbed_layers(layers)
-    _require_ascent(optimizer, layers)
-    _start_pass(optimizer)
-    loss = closure()                                                # at W0 + s B1 A1 + s B2 A2
-    _require_finite("Bi-LoRA", optimizer, loss)
-    optimizer.step()                                                # (8) descent, (9) ascent
-    clip_perturbation_(layers, rho)                                 # (10)
-    return loss.detach()
-
-
-def bilora_power_step(optimizer, closure, layers, rho, momentum=0.5):
-    """One step of Bi-LoRA, Eq. (8), with another ascent: a step of block power iteration stands in
-    place of the paper's ascent and clip.  It is NOT the paper's rule.  One pass.
-
-    At a fixed G the perturbation converges to rho G_r / ||G_r||, G_r the best approximation of G of
-    rank r2: the maximizer of <G, eps> in the ball, Eq. (A18) put right, and with r2 = rank(G) that
-    of SAM, Eq. (A21).  The paper's ascent ends at rank 1 instead.
-
-    layers: the adapted layers, in training mode.  The optimizer may hold their auxiliary pairs, but
-    does not step them and keeps no state for them.  rho: c after the step.  momentum: share, from 0
-    to under 1, of the old perturbation in the new one.
-    Returns the loss, 0-dim.  Raises ValueError for rho < 0, another momentum, a layer in eval mode
-    and no auxiliary pairs, FloatingPointError for a NaN or infinite loss or gradient, and has moved
-    nothing then.
-    """
-    _require_radius(rho)
-    layers = _perturbed_layers(layers)
-    _require_perturbable(layers, momentum)
-    auxiliary = [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
-    _start_pass(optimizer, auxiliary)
-    loss = closure()                                                # at W0 + s B1 A1 + s B2 A2
-    _require_finite("Bi-LoRA, power rule", optimizer, loss, auxiliary)
-    turn_perturbation_(layers, rho, momentum)                       # not the paper's ascent and clip
-    for p in auxiliary:
-        p.grad = None                                               # the optimizer passes them by
-    optimizer.step()                                                # (8)
-    return loss.detach()
-
-
-def bilora_optimizer(model, lr, aux_lr=None, weight_decay=0.0, **adamw):
-    """AdamW with two groups: trainable parameters descend with eta1 = lr, auxiliary ones ascend
-    (maximize=True) with eta2 = aux_lr, by default lr.
-
-    Whatever else is trainable, such as a head, descends.  A model without auxiliary pairs gets the
-    first group alone, so that the same call serves all three steps.
-    """
-    auxiliary = auxiliary_parameters(model)
-    ascending = {id(p) for p in auxiliary}
-    descending = [p for p in model.parameters() if p.requires_grad and id(p) not in ascending]
-    groups = [{"params": descending, "lr": lr, "weight_decay": weight_decay}]
-    if auxiliary:
-        groups.append({"params": auxiliary, "lr": lr if aux_lr is None else aux_lr,
-                       "weight_decay": 0.0, "maximize": True})
-    return torch.optim.AdamW(groups, **{"fused": True, **adamw})
+# ------------------------------------------------------------------------------ the perturbation
 
 
 @torch.no_grad()
 def perturbation_norm(layers):
-    """c = sqrt(sum_i ||s B2_i A2_i||_F^2), 0-dim.  A layer without an auxiliary pair adds nothing.
+    """c = sqrt(sum_i ||B2_i A2_i||_F^2), without s as in Eq. (10); 0-dim, float32 or wider.  A layer
+    without an auxiliary pair adds nothing.
 
-    ||B A||^2 = <B^T B, A A^T>, so that two r2 x r2 Gram matrices a layer do, O((m + n) r2^2).
+    ||B A||^2 = <B^T B, A A^T>: two r2 x r2 Gram matrices a layer are enough, O((m + n) r2^2).
     """
     layers = _perturbed_layers(layers)
     if not layers:
@@ -314,8 +229,9 @@ def perturbation_norm(layers):
     device, squares = layers[0].aux_A.device, []
     with torch.autocast(device.type, enabled=False):
         for layer in layers:
-            gram_B, gram_A = layer.aux_B.t() @ layer.aux_B, layer.aux_A @ layer.aux_A.t()
-            squares.append((layer.scale**2 * (gram_B * gram_A).sum()).to(device))
+            wide = torch.promote_types(layer.aux_A.dtype, torch.float32)
+            B, A = layer.aux_B.to(wide), layer.aux_A.to(wide)
+            squares.append(((B.t() @ B) * (A @ A.t())).sum().to(device))
     return torch.stack(squares).sum().clamp(min=0).sqrt()
 
 
@@ -336,13 +252,137 @@ def clip_perturbation_(layers, rho):
     return c
 
 
+# ------------------------------------------------------------------------------ the three steps
+# closure() runs forward and backward on the current batch (all its micro-batches), returns the loss
+
+
+def lora_step(optimizer, closure):
+    """One step of LoRA: descend along g, the gradient at w, Eq. (2).  One pass.
+
+    Returns the loss, 0-dim.  Raises ValueError for a closure that leaves the optimizer's parameters
+    without a gradient, FloatingPointError for a NaN or infinite loss or gradient, and has moved
+    nothing then.
+    """
+    _start_pass(_parameters(optimizer))
+    loss = closure()                                                # g = dL/dw at w, (2)
+    _require_gradient("LoRA", loss, optimizer)
+    optimizer.step()
+    return loss.detach()
+
+
+def lora_sam_step(optimizer, closure, rho, params=None):
+    """One step of LoRA-SAM, whose objective is Eq. (3): descend along the gradient at w + eps,
+    eps = rho g / F, Eq. (4).  Two passes, with the same batch and the same dropout masks.
+
+    rho: Frobenius norm of eps over all of `params` together, by default all that the optimizer
+    holds; where those are all weights of a model, this is plain SAM, Eq. (A1-A3).  The weights are
+    put back bit for bit, in their own storage, before the optimizer moves them or an exception
+    leaves.
+    Returns the loss of the first pass, 0-dim.  Raises ValueError for rho < 0, no params and a
+    closure that leaves no gradient, FloatingPointError for a NaN or infinite loss or gradient in
+    either pass, and has moved nothing then.
+    """
+    _require_radius(rho)
+    params = list(dict.fromkeys(_parameters(optimizer) if params is None else params))
+    if not params:
+        raise ValueError("params is empty; expected the parameters to perturb")
+    _start_pass([*_parameters(optimizer), *params])
+    with _random_state_restored_after(params):
+        loss = closure()                                            # pass 1: g = dL/dw at w
+    _require_gradient("LoRA-SAM, pass 1", loss, optimizer, params)
+    with _perturbed(params, rho):                                   # (4) w + rho g / F
+        _start_pass([*_parameters(optimizer), *params])
+        second = closure()                                          # pass 2: dL/dw at w + eps
+        _require_gradient("LoRA-SAM, pass 2", second, optimizer)
+    optimizer.step()
+    return loss.detach()
+
+
+def bilora_step(descent, ascent, closure, layers, rho, clip=clip_perturbation_):
+    """One step of Bi-LoRA, whose objective is Eq. (8): from the gradients of one pass (B1, A1)
+    descend and (B2, A2) ascend, Eq. (9); then the perturbation is clipped, Eq. (10).
+
+    descent: optimizer of all that descends.  ascent: optimizer of the auxiliary pairs of `layers`,
+    and of nothing else, each of its groups with maximize=True (bilora_optimizers makes both).
+    layers: the adapted layers, in training mode: eval mode ignores the auxiliary pair.
+    rho: largest c = sqrt(sum_i ||B2_i A2_i||^2).  clip: another function of (layers, rho),
+    to record the c that clip_perturbation_ returns or to try another rule.
+    Returns the loss, 0-dim.  Raises ValueError for rho < 0, for a layer in eval mode, where not all
+    auxiliary pairs ascend or something else does and for a closure that leaves no gradient,
+    FloatingPointError for a NaN or infinite loss or gradient, and has moved nothing then.
+    """
+    _require_radius(rho)
+    layers = _perturbed_layers(layers)
+    _require_game(descent, ascent, layers)
+    _start_pass([*_parameters(descent), *_parameters(ascent)])
+    loss = closure()                                                # at W0 + s B1 A1 + s B2 A2, (7)
+    _require_gradient("Bi-LoRA", loss, descent, _parameters(ascent))
+    descent.step()                                                  # (9) for B1 and A1
+    ascent.step()                                                   # (9) for B2 and A2
+    clip(layers, rho)                                               # (10)
+    return loss.detach()
+
+
+def bilora_power_step(descent, closure, layers, rho, momentum=0.5):
+    """One step of Bi-LoRA's objective, Eq. (8), with another ascent: a step of block power
+    iteration stands in place of the paper's ascent and clip.  It is NOT the paper's rule.  One pass.
+
+    At a fixed G, and one s for all layers, B2 A2 converges to rho G_r / ||G_r||, G_r the best
+    approximation of G of rank r2: the maximizer of <G, eps> in the ball, Eq. (A18) put right, and
+    with r2 = rank(G) that of SAM.  The paper's ascent ends at rank 1 instead.
+
+    descent: optimizer without the auxiliary pairs.  layers: the adapted layers, in training mode.
+    rho: c after the step.  momentum: share, from 0 to under 1, of the old perturbation in the new.
+    Returns the loss, 0-dim.  Raises ValueError for rho < 0, another momentum, a layer in eval mode
+    and no auxiliary pairs, FloatingPointError for a NaN or infinite loss or gradient, and has moved
+    nothing then.
+    """
+    _require_radius(rho)
+    layers = _perturbed_layers(layers)
+    _require_perturbable(layers, momentum)
+    auxiliary = [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
+    if not set(auxiliary).isdisjoint(_parameters(descent)):
+        raise ValueError("descent holds auxiliary parameters; the power rule turns them itself")
+    _start_pass([*_parameters(descent), *auxiliary])
+    loss = closure()                                                # at W0 + s B1 A1 + s B2 A2
+    _require_gradient("Bi-LoRA, power rule", loss, descent, auxiliary)
+    turn_perturbation_(layers, rho, momentum)                       # not the paper's ascent and clip
+    descent.step()                                                  # (9) for B1 and A1
+    return loss.detach()
+
+
+def bilora_optimizers(model, lr, aux_lr=None, ascent="sgd", weight_decay=0.0):
+    """(descent, ascent): AdamW over all that is trainable but the auxiliary pairs, with rate
+    eta1 = lr, and plain SGD with maximize=True over those, with rate eta2 = aux_lr, by default lr.
+
+    ascent="adamw" makes the second one AdamW too.  Whatever else is trainable, such as a head,
+    descends.  A model without auxiliary pairs gets (descent, None).  Raises ValueError for another
+    ascent and for a model with nothing to train.
+    """
+    if ascent not in ("sgd", "adamw"):
+        raise ValueError(f"ascent is {ascent!r}; expected 'sgd' or 'adamw'")
+    auxiliary = auxiliary_parameters(model)
+    ascending = set(auxiliary)
+    descending = [p for p in model.parameters() if p.requires_grad and p not in ascending]
+    if not descending:
+        raise ValueError("the model has nothing to train; add_lora gives it adapters")
+    descent = torch.optim.AdamW(descending, lr=lr, weight_decay=weight_decay, fused=True)
+    if not auxiliary:
+        return descent, None
+    aux_lr = lr if aux_lr is None else aux_lr
+    if ascent == "sgd":
+        return descent, torch.optim.SGD(auxiliary, lr=aux_lr, maximize=True)
+    return descent, torch.optim.AdamW(auxiliary, lr=aux_lr, weight_decay=0.0, maximize=True,
+                                      fused=True)
+
+
 @torch.no_grad()
 def turn_perturbation_(layers, rho, momentum=0.5):
-    """A2' = orthonormal rows of B2^T G, and s B2' A2' = rho P / ||P|| with P = G A2^T A2 A2'^T A2',
+    """A2' = orthonormal rows of B2^T G, and B2' A2' = rho P / ||P|| with P = s G A2^T A2 A2'^T A2',
     ||.|| over all layers together, so that c becomes rho.
 
-    With A2's rows orthonormal, G A2^T, which is dL/dB2 / s, is the best B2 for them; it is carried
-    over into the new rows.  B2^T G, which is dL/dA2 / s, turns the rows towards the leading right
+    With A2's rows orthonormal, s G A2^T, which is dL/dB2, is the best B2 for them; it is carried
+    over into the new rows.  s B2^T G, which is dL/dA2, turns the rows towards the leading right
     singular vectors of G.  Both are blended with the old pair, momentum to 1 - momentum.  Reads
     the gradients of the pairs; in place, with no value read on the host.  Where there is no
     gradient, the perturbation keeps its direction.
@@ -351,12 +391,12 @@ def turn_perturbation_(layers, rho, momentum=0.5):
     if not layers:
         return
     with torch.autocast(layers[0].aux_A.device.type, enabled=False):
-        products = _blend([layer.scale * layer.aux_B for layer in layers],
-                          [_gradient(layer.aux_B) / layer.scale for layer in layers], momentum)
-        for layer, X in zip(layers, products):                      # X = G A2^T, (m, r2)
+        products = _blend([layer.aux_B for layer in layers],
+                          [_gradient(layer.aux_B) for layer in layers], momentum)
+        for layer, X in zip(layers, products):                      # X = s G A2^T, (m, r2)
             (rows,) = _blend([layer.aux_A], [_gradient(layer.aux_A)], momentum)  # B2^T G, (r2, n)
             A = torch.linalg.qr(rows.t()).Q.t()
-            layer.aux_B.copy_(X @ (layer.aux_A @ A.t()) / layer.scale)  # X in the new rows
+            layer.aux_B.copy_(X @ (layer.aux_A @ A.t()))            # X in the new rows
             layer.aux_A.copy_(A)
         c = perturbation_norm(layers)
         factor = torch.where(c > 0, rho / c, 0.0)
@@ -381,10 +421,9 @@ def _gradient(p):
 # ------------------------------------------------------------------------------ what the steps need
 
 
-def _start_pass(optimizer, params=()):
+def _start_pass(params):
     """Clear old gradients, and copies of old weights that a surrounding autocast region keeps."""
-    optimizer.zero_grad()
-    for p in params:  # they need not all be the optimizer's
+    for p in params:
         p.grad = None
     torch.clear_autocast_cache()
 
@@ -419,10 +458,18 @@ def _gradient_norm(params):
     return get_total_norm([g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads])
 
 
-def _require_finite(method, optimizer, loss, params=()):
-    """FloatingPointError unless loss and gradients are finite.  One host synchronisation."""
+def _require_gradient(method, loss, optimizer, params=()):
+    """ValueError unless the closure gave a loss, and gradients both to the optimizer and, where
+    there are any, to `params`; FloatingPointError unless all are finite.  One host synchronisation.
+    """
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ValueError(f"closure() returned {loss!r}; expected the loss, a tensor of one number")
+    for group in (_parameters(optimizer), params):
+        if group and all(p.grad is None for p in group):
+            frozen = sum(not p.requires_grad for p in group)
+            raise ValueError(f"{method}: closure() left none of {len(group)} parameters ({frozen} of "
+                             "them frozen) a gradient; expected it to call backward(), and an "
+                             "optimizer made after add_lora")
     norm = _gradient_norm([*_parameters(optimizer), *params])
     if not torch.isfinite(loss.detach().to(norm.device) + norm):
         counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
@@ -446,18 +493,27 @@ def _require_perturbable(layers, momentum):
         raise ValueError("bilora_power_step expects the layers in training mode: call model.train()")
 
 
-def _require_ascent(optimizer, layers):
-    groups = [group["params"] for group in optimizer.param_groups if group.get("maximize")]
-    up = {id(p) for params in groups for p in params}
+def _require_game(descent, ascent, layers):
+    """ValueError unless the auxiliary pairs of `layers`, all of them and nothing else, ascend."""
+    pairs = {p for layer in layers for p in (layer.aux_B, layer.aux_A)}
+    if not pairs:
+        raise ValueError("no layer has an auxiliary pair; add_lora gives them one with aux_rank")
     if not all(layer.training for layer in layers):
         raise ValueError("bilora_step expects the layers in training mode: call model.train()")
-    ascending = [id(p) in up for layer in layers for p in (layer.aux_B, layer.aux_A)]
-    if not ascending or not all(ascending):
-        raise ValueError("bilora_step expects the auxiliary parameters in a group with "
-                         f"maximize=True; {sum(ascending)} of {len(ascending)} are")
-    if any(id(p) in up for layer in layers for p in (layer.lora_B, layer.lora_A)):
-        raise ValueError("bilora_step expects the primary parameters to descend; some have "
-                         "maximize=True")
+    if not isinstance(ascent, torch.optim.Optimizer):
+        raise ValueError(f"ascent is {ascent!r}; expected the optimizer of the auxiliary pairs")
+    if "maximize" not in ascent.defaults:
+        raise ValueError(f"ascent: {type(ascent).__name__} does not know the option maximize; "
+                         "expected an optimizer that does, such as torch.optim.SGD")
+    if not all(group["maximize"] for group in ascent.param_groups):
+        raise ValueError("ascent: expected maximize=True in every group")
+    if any(group.get("maximize") for group in descent.param_groups):
+        raise ValueError("descent: expected no group with maximize=True")
+    up, down = set(_parameters(ascent)), set(_parameters(descent))
+    if up != pairs or down & pairs:
+        raise ValueError(f"ascent holds {len(up & pairs)} of the layers' {len(pairs)} auxiliary "
+                         f"parameters and {len(up - pairs)} others, descent {len(down & pairs)}; "
+                         f"expected {len(pairs)}, 0 and 0")
 
 
 def _parameters(optimizer):

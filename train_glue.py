@@ -40,8 +40,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from bilora import (add_lora, auxiliary_parameters, bilora_optimizer, bilora_power_step, bilora_step, lora_sam_step,
-                    lora_step, merge_lora_, perturbation_norm, primary_parameters, save_adapter)
+from bilora import (add_lora, auxiliary_parameters, bilora_optimizers, bilora_power_step, bilora_step, clip_perturbation_,
+                    lora_sam_step, lora_step, merge_lora_, perturbation_norm, primary_parameters, save_adapter)
 from model import Config, Transformer, as_list, load_tokenizer, local_folder, read_config, save_pretrained
 
 METHODS = ("lora", "lora-sam", "bi-lora", "bi-lora-power")  # the last one is not the paper's
@@ -634,7 +634,7 @@ def forward_backward(model, experiment, examples, args):
 
 
 def prepare(args, method, seed, build):
-    """(model, layers, optimizer) of a run: the same head and primary pairs for every method of a seed."""
+    """(model, layers, optimizers) of a run: the same head and primary pairs for every method of a seed."""
     torch.manual_seed(seed)  # first: head and adapters are drawn from it
     model = build().to(args.device)
     model.config.checkpointing = args.checkpointing
@@ -645,7 +645,7 @@ def prepare(args, method, seed, build):
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
     torch.manual_seed(seed)  # dropout masks: the same stream, however much the adapters drew
-    return model, layers, bilora_optimizer(model, args.lr, args.aux_lr)
+    return model, layers, bilora_optimizers(model, args.lr, args.aux_lr, args.ascent)
 
 
 def radius(args, method):
@@ -661,13 +661,13 @@ def parameter_counts(model):
 def train(args, method, seed, experiment, folder):
     """One method, one seed.  Returns the run's metrics, and leaves a run folder with all there is to know about it."""
     examples, sets = experiment.data(seed)
-    model, layers, optimizer = prepare(args, method, seed, experiment.build)
+    model, layers, optimizers = prepare(args, method, seed, experiment.build)
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
-    schedule, rng = cosine_schedule(optimizer, steps), random.Random(seed)
+    schedules, rng = [cosine_schedule(o, steps) for o in optimizers if o], random.Random(seed)
     run = {"log": [], "epochs": [], "order": rng.getstate(), "done": 0}  # done: batches of the epoch that begins with `order`
     state, moments = os.path.join(folder, "state.pt"), snapshot_steps(args.snapshots, steps)
     if args.resume and os.path.exists(state):
-        run = load_state(state, model, optimizer, schedule)
+        run = load_state(state, model, optimizers, schedules)
     reset_peak_memory(args.device)
     bar = tqdm(total=steps, initial=len(run["log"]), desc=f"{method}, seed {seed}", leave=False, disable=None)
     for epoch in range(len(run["epochs"]) + 1, args.epochs + 1):
@@ -675,17 +675,18 @@ def train(args, method, seed, experiment, folder):
         model.train()
         for batch in batch_order(examples, args.batch_size, rng)[run["done"]:]:
             save_snapshot(folder, model, len(run["log"]), moments)
-            lr = schedule.get_last_lr()[0]
-            row = train_step(args, method, model, layers, optimizer, experiment, [examples[i] for i in batch])
-            schedule.step()
+            lr = schedules[0].get_last_lr()[0]
+            row = train_step(args, method, model, layers, optimizers, experiment, [examples[i] for i in batch])
+            for schedule in schedules:
+                schedule.step()
             run["log"].append({"step": len(run["log"]) + 1, "epoch": epoch, "lr": lr, **row})
             run["done"] += 1
             bar.update()
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             if args.save_every and len(run["log"]) % args.save_every == 0:
-                save_state(state, model, optimizer, schedule, run)
+                save_state(state, model, optimizers, schedules, run)
         if args.save_every:
-            save_state(state, model, optimizer, schedule, run)  # scoring takes long too
+            save_state(state, model, optimizers, schedules, run)  # scoring takes long too
         last = epoch == args.epochs
         metrics, record, files = experiment.evaluate(model, sets, args) if last or experiment.every_epoch else ({}, {}, {})
         loss = statistics.fmean(row["loss"] for row in run["log"] if row["epoch"] == epoch)
@@ -696,28 +697,34 @@ def train(args, method, seed, experiment, folder):
     return write_run(args, method, seed, experiment, model, run, files, folder)
 
 
-def train_step(args, method, model, layers, optimizer, experiment, examples):
+def train_step(args, method, model, layers, optimizers, experiment, examples):
     """One step of a method on one batch; {what is logged of it}."""
-    passes, primary, rho = [], primary_parameters(model), radius(args, method)
+    descent, ascent = optimizers
+    passes, found, primary, rho = [], [], primary_parameters(model), radius(args, method)
 
     def closure():
         if method == "lora-sam":  # for the log: how far apart the weights of the two passes are
             passes.append([p.detach().clone() for p in primary])
         return forward_backward(model, experiment, examples, args)
 
+    def clip(layers, rho):
+        found.append(clip_perturbation_(layers, rho))
+
     begin = time.perf_counter()
     if method == "lora":
-        loss = lora_step(optimizer, closure)
+        loss = lora_step(descent, closure)
     elif method == "lora-sam":
-        loss = lora_sam_step(optimizer, closure, rho, primary)
+        loss = lora_sam_step(descent, closure, rho, primary)
     elif method == "bi-lora":
-        loss = bilora_step(optimizer, closure, layers, rho)
+        loss = bilora_step(descent, ascent, closure, layers, rho, clip)
     elif method == "bi-lora-power":
-        loss = bilora_power_step(optimizer, closure, layers, rho, args.momentum)
+        loss = bilora_power_step(descent, closure, layers, rho, args.momentum)
     loss = loss.item()  # waits for the device
     seconds = time.perf_counter() - begin
-    norm = (get_total_norm([a - b for a, b in zip(*passes)]) if passes else perturbation_norm(layers)).item()
-    return {"loss": loss, "perturbation": norm, "clipped": method == "bi-lora" and norm >= rho * (1 - 1e-5), "seconds": seconds}
+    if passes:
+        found.append(get_total_norm([a - b for a, b in zip(*passes)]))
+    norm = found[0] if found else perturbation_norm(layers)
+    return {"loss": loss, "perturbation": norm.item(), "clipped": method == "bi-lora" and bool(norm > rho), "seconds": seconds}
 
 
 def trained_tensors(model):
@@ -725,10 +732,11 @@ def trained_tensors(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_state(path, model, optimizer, schedule, run):
+def save_state(path, model, optimizers, schedules, run):
     """All that the rest of a run depends on."""
     device = [torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    save_tensors(path, {"trained": trained_tensors(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+    save_tensors(path, {"trained": trained_tensors(model), "optimizers": [o.state_dict() for o in optimizers if o],
+                        "schedules": [schedule.state_dict() for schedule in schedules],
                         "run": run, "random": [torch.get_rng_state(), *device]})
 
 
@@ -753,7 +761,7 @@ def save_snapshot(folder, model, step, moments):
         save_tensors(path, trained_tensors(model))
 
 
-def load_state(path, model, optimizer, schedule):
+def load_state(path, model, optimizers, schedules):
     """Put a saved state back; returns `run` as it was."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -761,8 +769,8 @@ def load_state(path, model, optimizer, schedule):
             trained = trained_tensors(model)
             for name in trained.keys() | state["trained"].keys():
                 trained[name].copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        for part, saved in zip([*filter(None, optimizers), *schedules], [*state["optimizers"], *state["schedules"]], strict=True):
+            part.load_state_dict(saved)
         torch.set_rng_state(state["random"][0])
         if len(state["random"]) > 1:
             torch.cuda.set_rng_state_all(state["random"][1])
@@ -1162,7 +1170,9 @@ def add_shared_arguments(parser):
     group.add_argument("--rho", type=number(float, 0), nargs="+",
                        help="radius; two values: LoRA-SAM's, and that of Bi-LoRA and the power rule (default: by task)")
     group.add_argument("--lr", type=number(float, 0), help="largest learning rate of the cosine schedule, eta1 (default: by task)")
-    group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent (default: --lr)")
+    group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent, on the same schedule (default: --lr, the paper's)")
+    group.add_argument("--ascent", choices=("sgd", "adamw"), default="sgd",
+                       help="optimizer of the auxiliary pair (default: %(default)s, Eq. (9) as printed and the authors' code as reported)")
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.5,
                        help="of bi-lora-power's perturbation (default: %(default)s)")
     group.add_argument("--epochs", type=number(int, 1), help="passes over the training set (default: by task)")
