@@ -4,8 +4,8 @@
     python train_glue.py --task mrpc --model google-t5/t5-base     # GLUE; model and data are downloaded once
     python train_glue.py --task mrpc --model DIR --data DIR        # files that are there: no network
 
-BERT and RoBERTa get a classifier.  T5, Llama and Qwen2 read a prompt and are trained to answer with the label's words; a
-prediction is the class whose words, all of their tokens together, are the likeliest.
+BERT and RoBERTa get a classifier.  T5, Llama and Qwen2 read a prompt and are trained to answer with the label's words; the
+prediction is the class whose answer has the highest log-probability.
 
 The embedded task is the paper's regime in miniature: a small transformer is pretrained on the spot on a generated
 language (once; it is cached), then fine-tuned on few sentences with noisy labels, and scored on clean ones.
@@ -52,7 +52,7 @@ METHODS = ("lora", "lora-sam", "bi-lora", "bi-lora-power")  # the last one is no
 
 @dataclass(frozen=True)
 class Task:
-    """A GLUE task: where its columns are, what its labels mean, how it is scored, the paper's settings for it."""
+    """A GLUE task: where its columns are, what its labels mean, how it is scored, the settings for it and whose they are."""
     text: tuple                      # columns of the sentences: names, or indices where the file has no header
     label: object                    # column of the label
     labels: tuple                    # label in the file, in the order of the classes; () for a regression
@@ -64,24 +64,26 @@ class Task:
     dev: tuple = ("dev",)            # file names of the evaluation sets, without .tsv
     skip_short: bool = False         # rows that lack a field are part of the published file
     seeds: tuple = (0, 1, 2)
+    source: str = "the paper's"      # whose lr, batch size, epochs, rho and number of seeds
 
 
 TASKS = {
-    "embedded": Task((), None, ("0", "1"), ("accuracy",), epochs=10, lr=2e-3, seeds=(0, 1, 2, 3, 4)),
+    "embedded": Task((), None, ("0", "1"), ("accuracy",), epochs=10, lr=2e-3, seeds=(0, 1, 2, 3, 4), source="ours; rho the paper's"),
     "mrpc": Task(("#1 String", "#2 String"), "Quality", ("0", "1"), ("accuracy", "f1"), epochs=10),
     "cola": Task((3,), 1, ("0", "1"), ("matthews", "accuracy"), epochs=10),
     "sst2": Task(("sentence",), "label", ("0", "1"), ("accuracy",), epochs=3),
     "rte": Task(("sentence1", "sentence2"), "label", ("entailment", "not_entailment"), ("accuracy",), epochs=10,
-                rho=(0.05, 0.1)),
+                rho=(0.05, 0.1), seeds=(0, 1, 2, 3, 4)),
     "qnli": Task(("question", "sentence"), "label", ("entailment", "not_entailment"), ("accuracy",), epochs=3),
-    "qqp": Task(("question1", "question2"), "is_duplicate", ("0", "1"), ("accuracy", "f1"), epochs=3, skip_short=True),
+    "qqp": Task(("question1", "question2"), "is_duplicate", ("0", "1"), ("accuracy", "f1"), epochs=3, skip_short=True,
+                source="ours"),
     "mnli": Task(("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"), ("accuracy",),
                  epochs=3, dev=("dev_matched", "dev_mismatched")),
-    "stsb": Task(("sentence1", "sentence2"), "score", (), ("pearson", "spearman"), epochs=10),
+    "stsb": Task(("sentence1", "sentence2"), "score", (), ("pearson", "spearman"), epochs=10, source="ours"),
 }
 
 SIMILARITY = "classify the semantic similarity of the text: {}\n{}\nresult: "
-PROMPTS = {  # task: (prompt, each class's answer), those of LoRA-GA, which has none for rte
+GENERIC = {  # task: (prompt, each class's answer); the followed code's, of LoRA-GA and Flat-LoRA, but for rte's, which is ours
     "mrpc": (SIMILARITY, ("different", "equivalent")),
     "cola": ("classify the grammaticality of the text: {}\nresult: ", ("unacceptable", "acceptable")),
     "sst2": ("classify the sentiment of the text: {}\nresult: ", ("negative", "positive")),
@@ -91,7 +93,7 @@ PROMPTS = {  # task: (prompt, each class's answer), those of LoRA-GA, which has 
     "qqp": (SIMILARITY, ("different", "duplicate")),
     "mnli": (SIMILARITY, ("entailment", "neutral", "contradiction")),
 }
-T5_PROMPTS = {  # what T5 v1.0 saw while it was pretrained, for GLUE's training sets were part of that
+T5_OWN = {  # those that T5 v1.0 was pretrained with: GLUE's training sets were part of its data
     "mrpc": ("mrpc sentence1: {} sentence2: {}", ("not_equivalent", "equivalent")),
     "cola": ("cola sentence: {}", ("unacceptable", "acceptable")),
     "sst2": ("sst2 sentence: {}", ("negative", "positive")),
@@ -100,6 +102,7 @@ T5_PROMPTS = {  # what T5 v1.0 saw while it was pretrained, for GLUE's training 
     "qqp": ("qqp question1: {} question2: {}", ("not_duplicate", "duplicate")),
     "mnli": ("mnli hypothesis: {1} premise: {0}", ("entailment", "neutral", "contradiction")),
 }
+PROMPTS = {"generic": GENERIC, "t5": T5_OWN}  # --prompts
 PROMPT_END = 8  # tokens at the end of a prompt that truncation leaves: the question that is asked
 
 
@@ -645,7 +648,8 @@ def prepare(args, method, seed, build):
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
     torch.manual_seed(seed)  # dropout masks: the same stream, however much the adapters drew
-    return model, layers, bilora_optimizers(model, args.lr, args.aux_lr, args.ascent)
+    descent, ascent = bilora_optimizers(model, args.lr, args.aux_lr, args.ascent)
+    return model, layers, (descent, None if method == "bi-lora-power" else ascent)
 
 
 def radius(args, method):
@@ -938,8 +942,10 @@ def load_glue(args, task):
     source = local_folder(args.model, args.revision)
     config, _ = read_config(source)
     text_to_text = config.decoder_layers > 0
-    if text_to_text and args.task not in PROMPTS:
+    if text_to_text and args.task not in GENERIC:
         raise ValueError(f"{args.task} is a regression; expected an encoder as --model, or a task with classes")
+    if args.prompts and not text_to_text:
+        raise ValueError(f"--prompts is {args.prompts}, but {source} has a classifier; expected a model that answers in text")
     build = partial(Transformer.from_pretrained, source, num_labels=None if text_to_text else len(task.labels) or 1)
     require_ranks_that_fit(args, build)
     tokenizer, files = load_tokenizer(source), [name + ".tsv" for name in ("train", *task.dev)]
@@ -947,11 +953,13 @@ def load_glue(args, task):
     paths = [os.path.join(args.data or downloaded_glue(args.task, files), file) for file in files]
     rows, answers = [read_tsv(task, path) for path in paths], None
     if text_to_text:
-        prompt, words = (T5_PROMPTS if config.encoder_layers and not config.gated else PROMPTS)[args.task]
+        prompt, words = PROMPTS[args.prompts or "generic"][args.task]
         answers = encode_answers(tokenizer, words, config.eos_id)
         examples, *dev = (encode_prompts(tokenizer, part, prompt, args.max_length) for part in rows)
     else:
         examples, *dev = (encode(tokenizer, part, args.max_length) for part in rows)
+    if not task.labels:
+        build = partial(with_mean_head, build, statistics.fmean(label for *_, label in examples))
     sets = dict(zip(task.dev, dev))
     require_room(args, config, answers)
     require_known_tokens(os.path.join(source, "tokenizer.json"), config, [*examples, *itertools.chain(*dev)], answers, pad_id)
@@ -965,6 +973,15 @@ def load_glue(args, task):
     checkpoint = [os.path.join(source, name) for name in sorted(os.listdir(source))]
     return Experiment(task, build, data, pad_id, metric_names(task, sets),
                       file_stamps(*paths, *filter(os.path.isfile, checkpoint)), answers, source)
+
+
+def with_mean_head(build, mean):
+    """The model with a fresh regression head that predicts the mean training label; a head from the checkpoint stays."""
+    model = build()
+    head = getattr(model.classifier, "out_proj", model.classifier)
+    if not head.bias.any():
+        nn.init.constant_(head.bias, mean)
+    return model
 
 
 def require_room(args, config, answers):
@@ -1133,26 +1150,37 @@ def device_name(text):
     return text
 
 
+SOURCES = """Whose the settings are.  The paper's: rank, aux-rank, alpha, aux-lr = lr, warm-up over 0.03 of the steps and
+half a cosine, adapters on all linear layers without dropout, max-length, and the table below where it says so.  The code
+that the paper follows (LoRA-GA, Flat-LoRA): AdamW without weight decay, the generic prompts.  The authors' code, as
+reported: ascent sgd.  Ours: no dropout in the base either (the followed code leaves T5's 0.1 on), no gradient clipping (the
+followed code clips at 1), float32 unless --bf16, batches of similar length, the last epoch's score, the whole answer
+compared and not its first token, and every default not named here.
+"""
+
+
 def parse_arguments(argv):
-    epilog = "Defaults by task (the paper's, where the paper has the task):\n" + "".join(
+    epilog = SOURCES + "\nDefaults by task:\n" + "".join(
         f"  {name:<9} --lr {task.lr} --batch-size {task.batch_size} --epochs {task.epochs} --rho {task.rho[0]} "
-        f"{task.rho[1]} --seeds {' '.join(map(str, task.seeds))}\n" for name, task in TASKS.items())
+        f"{task.rho[1]} --seeds {' '.join(map(str, task.seeds))} ({task.source})\n" for name, task in TASKS.items())
     parser = Parser(prog="train_glue.py", description=__doc__, epilog=epilog,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("task")
-    group.add_argument("--task", type=str.lower, choices=TASKS, default="embedded", help="default: %(default)s")
+    group.add_argument("--task", type=str.lower, choices=TASKS, default="embedded", help="default: %(default)s, ours")
     group.add_argument("--data", help="folder with the GLUE task's train.tsv and dev.tsv (default: downloaded once into "
                                       "$BILORA_CACHE or ~/.cache/bilora)")
     group.add_argument("--model", help="for a GLUE task: folder with config.json, model.safetensors and tokenizer.json, or "
                                        "the id of a model on the Hugging Face hub")
     group.add_argument("--revision", help="of the model on the hub: a branch, tag or commit (default: main)")
+    group.add_argument("--prompts", choices=PROMPTS, help="for T5, Llama and Qwen2: t5 are those that T5 v1.0 saw GLUE's training "
+                       "sets with while it was pretrained (default: generic, the followed code's)")
     group.add_argument("--limit", type=number(int, 1),
-                       help=f"training examples, drawn by the seed (default: all; embedded: {EMBEDDED_TRAIN})")
+                       help=f"training examples, drawn by the seed (default: all; embedded: {EMBEDDED_TRAIN}, ours)")
     group.add_argument("--label-noise", type=number(float, 0, 1),
-                       help="fraction of training labels replaced by another (default: 0; embedded: 0.1)")
+                       help="fraction of training labels replaced by another (default: 0; embedded: 0.1, ours)")
     group.add_argument("--pretraining-steps", type=number(int, 0), default=2000,
-                       help="of the embedded task's base; 0: a random base (default: %(default)s)")
-    group.add_argument("--max-length", type=number(int, 1), help="tokens a row, for a GLUE task (default: 256)")
+                       help="of the embedded task's base; 0: a random base (default: %(default)s, ours)")
+    group.add_argument("--max-length", type=number(int, 1), help="tokens a row, for a GLUE task (default: 256, the paper's)")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
@@ -1164,21 +1192,25 @@ def add_shared_arguments(parser):
     group = parser.add_argument_group("method")
     group.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS[:3]),
                        help="bi-lora-power is not the paper's: it perturbs by block power iteration (default: the first three)")
-    group.add_argument("--rank", type=number(int, 1), default=8, help="r (default: %(default)s)")
-    group.add_argument("--aux-rank", type=number(int, 1), default=8, help="r2, Bi-LoRA and the power rule (default: %(default)s)")
-    group.add_argument("--alpha", type=number(float, 1e-6), default=16, help="scale s = alpha / r (default: %(default)s)")
+    group.add_argument("--rank", type=number(int, 1), default=8, help="r (default: %(default)s, the paper's)")
+    group.add_argument("--aux-rank", type=number(int, 1), default=8,
+                       help="r2, Bi-LoRA and the power rule (default: %(default)s, the paper's)")
+    group.add_argument("--alpha", type=number(float, 1e-6), default=16,
+                       help="scale s = alpha / r (default: %(default)s, the paper's)")
     group.add_argument("--rho", type=number(float, 0), nargs="+",
                        help="radius; two values: LoRA-SAM's, and that of Bi-LoRA and the power rule (default: by task)")
     group.add_argument("--lr", type=number(float, 0), help="largest learning rate of the cosine schedule, eta1 (default: by task)")
     group.add_argument("--aux-lr", type=number(float, 0), help="eta2, of the ascent, on the same schedule (default: --lr, the paper's)")
     group.add_argument("--ascent", choices=("sgd", "adamw"), default="sgd",
-                       help="optimizer of the auxiliary pair (default: %(default)s, Eq. (9) as printed and the authors' code as reported)")
+                       help="optimizer of the auxiliary pair: sgd is Eq. (9) as printed (default: %(default)s, the authors' code "
+                            "as reported)")
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.5,
-                       help="of bi-lora-power's perturbation (default: %(default)s)")
+                       help="of bi-lora-power's perturbation (default: %(default)s, ours)")
     group.add_argument("--epochs", type=number(int, 1), help="passes over the training set (default: by task)")
     group.add_argument("--batch-size", type=number(int, 1), help="rows a step (default: by task)")
     group.add_argument("--micro-batch", type=number(int, 1), help="rows a forward pass (default: by task)")
-    group.add_argument("--dropout", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
+    group.add_argument("--dropout", type=number(float, 0, 1), default=0.0,
+                       help="of the base (default: %(default)s, ours; the adapters have none, as the paper's)")
     group = parser.add_argument_group("run")
     group.add_argument("--seeds", type=number(int, 0, 2**63), nargs="+", help="default: by task")
     group.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -1201,7 +1233,7 @@ def add_shared_arguments(parser):
 def check_arguments(parser, args):
     """Fill in the task's defaults; refuse what does not go together."""
     task, embedded = TASKS[args.task], args.task == "embedded"
-    given = [name for name in ("data", "model", "revision", "max_length", "merge") if getattr(args, name) not in (None, False)]
+    given = [name for name in ("data", "model", "revision", "max_length", "merge", "prompts") if getattr(args, name) not in (None, False)]
     if embedded and given:
         parser.error(f"--{given[0].replace('_', '-')} is for a GLUE task; choose one with --task")
     defaults = {"lr": task.lr, "rho": list(task.rho), "epochs": task.epochs, "batch_size": task.batch_size,

@@ -75,7 +75,8 @@ DOWNLOADS = {  # file: (bytes, sha256)
     "train.jsonl": (4166206, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
     "test.jsonl": (749738, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
 }
-METAMATH, METAMATH_ROWS = "MetaMathQA-395K.json", 100_000  # of the rows made from GSM8K, the first ones
+METAMATH = "MetaMathQA-395K.json"
+METAMATH_ROWS, METAMATH_TOKENS = 100_000, 512  # the first rows made from GSM8K that have at most so many tokens
 
 
 def data_file(args, name):
@@ -119,20 +120,23 @@ def texts_of(row, question, answer, where):
     return texts
 
 
-def read_metamath(path, count=METAMATH_ROWS):
-    """[(question, answer)] of the first `count` rows whose type has GSM in it and whose response has a #### line, which then
-    ends the answer."""
-    rows = []
+def metamath_rows(path):
+    """(question, answer) of each row whose type has GSM in it and whose response has a #### line, which then ends the answer."""
     for number, row in enumerate(json_array(path), 1):
         question, answer = texts_of(row, "query", "response", f"{path}, row {number}")
-        if "GSM" not in str(row.get("type")) or extract_answer(answer) is None:
-            continue
-        rows.append((question, answer.partition("\nThe answer is:")[0]))
-        if len(rows) == count:
-            return rows
-    if not rows:
-        raise ValueError(f"{path}: no row whose type has GSM in it and whose response has a #### line")
-    return rows
+        if "GSM" in str(row.get("type")) and extract_answer(answer) is not None:
+            yield question, answer.partition("\nThe answer is:")[0]
+
+
+def read_metamath(path, tokenizer, eos_id, count=METAMATH_ROWS, longest=METAMATH_TOKENS):
+    """encode's examples of the first `count` rows that have at most `longest` tokens, the end token included."""
+    rows, examples = metamath_rows(path), []
+    while len(examples) < count and (part := list(itertools.islice(rows, 1000))):
+        encoded = encode(tokenizer, part, eos_id)
+        examples += [example for example in encoded if len(example[0]) + len(example[1]) <= longest]
+    if not examples:
+        raise ValueError(f"{path}: no row of at most {longest} tokens whose type has GSM in it and whose response has a #### line")
+    return examples[:count]
 
 
 def json_array(path, chunk=2**20, largest=2**24):
@@ -445,8 +449,10 @@ def load_decoder(args):
     pad_id = tokenizer.padding["pad_id"]
     tokenizer.no_padding()
     train, test = (data_file(args, name) for name in (METAMATH if args.task == "metamath" else "train.jsonl", "test.jsonl"))
-    rows = read_metamath(train) if args.task == "metamath" else read_jsonl(train)
-    examples = encode(tokenizer, rows, config.eos_id)
+    if args.task == "metamath":
+        examples = read_metamath(train, tokenizer, config.eos_id)
+    else:
+        examples = encode(tokenizer, read_jsonl(train), config.eos_id)
     short = [row for row in examples if len(row[0]) + len(row[1]) <= args.max_length]
     if len(short) < len(examples):
         print(f"{train}: {len(examples) - len(short)} rows of more than {args.max_length} tokens are left out")
@@ -480,27 +486,40 @@ DEFAULTS = {"lr": 5e-4, "rho": [0.01, 0.05], "epochs": 2, "batch_size": 32, "mic
             "max_length": 1024, "max_new_tokens": 512, "eval_batch_size": 16}
 
 
+SOURCES = """Whose the settings are.  The paper's: rank, aux-rank, alpha, aux-lr = lr, warm-up over 0.03 of the steps and
+half a cosine, adapters on all linear layers without dropout, and of the defaults for gsm8k and metamath lr, batch size,
+micro-batch, epochs, rho, max-length and the number of seeds (printed for metamath; on gsm8k they are used as they are).  The
+code that the paper follows (LoRA-GA, Flat-LoRA): AdamW without weight decay, the prompt, the first 100,000 rows of at most
+512 tokens.  The authors' code, as reported: ascent sgd.  Ours: no gradient clipping (the followed code clips at 1), bfloat16,
+prompt and answer tokenized apart (the followed code joins them by a space first), batches of similar length, the embedded
+task, and every default not named here.
+"""
+
+
 def parse_arguments(argv):
-    epilog = "Defaults by task (the paper's for gsm8k and metamath):\n" + "".join(
+    epilog = SOURCES + "\nDefaults by task:\n" + "".join(
         f"  {name:<17} --lr {d['lr']} --batch-size {d['batch_size']} --micro-batch {d['micro_batch'] or d['batch_size']} --epochs "
-        f"{d['epochs']} --rho {d['rho'][0]} {d['rho'][1]} --seeds {' '.join(map(str, d['seeds']))}\n"
-        for name, d in (("embedded", {**DEFAULTS, **EMBEDDED_DEFAULTS}), ("gsm8k, metamath", DEFAULTS)))
+        f"{d['epochs']} --rho {d['rho'][0]} {d['rho'][1]} --seeds {' '.join(map(str, d['seeds']))} ({source})\n"
+        for name, source, d in (("embedded", "ours; rho the paper's", {**DEFAULTS, **EMBEDDED_DEFAULTS}),
+                                ("gsm8k, metamath", "the paper's, for metamath", DEFAULTS)))
     parser = Parser(prog="train_gsm8k.py", description=__doc__, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("task")
     group.add_argument("--task", choices=("embedded", "gsm8k", "metamath"), default="embedded",
-                       help="training problems; gsm8k and metamath are scored on GSM8K's test file (default: %(default)s)")
+                       help="training problems; gsm8k and metamath are scored on GSM8K's test file (default: %(default)s, ours)")
     group.add_argument("--data", help=f"folder with train.jsonl or {METAMATH}, and test.jsonl (default: downloaded once)")
     group.add_argument("--model", help="not embedded: folder with config.json, model.safetensors and tokenizer.json, or the "
                                        "id of a model on the Hugging Face hub; a decoder")
     group.add_argument("--revision", help="of the model on the hub: a branch, tag or commit (default: main)")
-    group.add_argument("--limit", type=number(int, 1), help=f"training problems (default: all; embedded: {EMBEDDED_TRAIN})")
-    group.add_argument("--max-length", type=number(int, 1), help="tokens a row; longer ones are left out (default: 1024)")
+    group.add_argument("--limit", type=number(int, 1), help=f"training problems (default: all; embedded: {EMBEDDED_TRAIN}, ours)")
+    group.add_argument("--max-length", type=number(int, 1),
+                       help="tokens a row; longer ones are left out (default: 1024, the paper's)")
     group.add_argument("--pretraining-steps", type=number(int, 0), default=PRETRAINING_SETTINGS["steps"],
-                       help="of the embedded task's base; 0: a random base (default: %(default)s)")
+                       help="of the embedded task's base; 0: a random base (default: %(default)s, ours)")
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval-limit", type=number(int, 1), help=f"test problems (default: all; embedded: {EMBEDDED_TEST})")
-    group.add_argument("--eval-batch-size", type=number(int, 1), help="prompts at a time (default: 16; embedded: 250)")
-    group.add_argument("--max-new-tokens", type=number(int, 1), help="generated for a prompt (default: 512; embedded: 110)")
+    group.add_argument("--eval-limit", type=number(int, 1), help=f"test problems (default: all; embedded: {EMBEDDED_TEST}, ours)")
+    group.add_argument("--eval-batch-size", type=number(int, 1), help="prompts at a time (default: 16; embedded: 250; ours)")
+    group.add_argument("--max-new-tokens", type=number(int, 1),
+                       help="generated for a prompt (default: 512, the followed code's; embedded: 110, ours)")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)

@@ -20,7 +20,8 @@ import time
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from bilora import add_lora, bilora_optimizer, bilora_power_step, bilora_step, lora_sam_step, lora_step, primary_parameters  # noqa: E402
+from bilora import (add_lora, bilora_optimizers, bilora_power_step, bilora_step, lora_sam_step, lora_step,  # noqa: E402
+                    primary_parameters)
 from model import Config, Transformer  # noqa: E402
 from train_glue import METHODS, TASKS, Experiment, forward_backward, peak_memory, reset_peak_memory  # noqa: E402
 
@@ -46,7 +47,7 @@ def build_step(method, args):
         layers = add_lora(model, args.rank, 2 * args.rank, args.rank if method.startswith("bi-lora") else 0)
     model.classifier.requires_grad_(True)
     model.train()
-    optimizer, primary = bilora_optimizer(model, 5e-4), primary_parameters(model)
+    (descent, ascent), primary = bilora_optimizers(model, 5e-4), primary_parameters(model)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(args.length // 2, args.length + 1, (args.batch_size,), generator=generator).tolist()
     experiment = Experiment(TASKS["mrpc"], None, None, 0, "accuracy", [])
@@ -57,13 +58,13 @@ def build_step(method, args):
 
     def step():
         if method in ("lora", "peft"):
-            lora_step(optimizer, closure).item()
+            lora_step(descent, closure).item()
         elif method == "lora-sam":
-            lora_sam_step(optimizer, closure, 0.01, primary).item()
+            lora_sam_step(descent, closure, 0.01, primary).item()
         elif method == "bi-lora":
-            bilora_step(optimizer, closure, layers, 0.05).item()
+            bilora_step(descent, ascent, closure, layers, 0.05).item()
         elif method == "bi-lora-power":
-            bilora_power_step(optimizer, closure, layers, 0.05).item()
+            bilora_power_step(descent, closure, layers, 0.05).item()
         if args.device.startswith("cuda"):
             torch.cuda.synchronize()
     return step

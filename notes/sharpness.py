@@ -34,8 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import train_glue  # noqa: E402
 import train_gsm8k  # noqa: E402
-from bilora import (bilora_power_step, bilora_step, clip_perturbation_, load_adapter, lora_layers, lora_step,  # noqa: E402
-                    primary_parameters)
+from bilora import bilora_power_step, bilora_step, load_adapter, lora_layers, primary_parameters  # noqa: E402
 from measures import (best_rank_energy, contour, cosine, effective_rank, filter_normalised, gradient,  # noqa: E402
                       landscape, lora_sam_terms, loss_of, low_rank_cosine, moved, norm, reachable_energy, scaled,
                       top_eigenvalue, worst_case)
@@ -342,30 +341,31 @@ def measure_g(run, options):
 
 
 def ascent_rules(lr):
-    """{name: (kind, eta2, does eta2 follow the cosine)}."""
-    return {"Adam, paper's eta2": ("adam", lr, True), "Adam, eta2 / 10": ("adam", lr / 10, True),
-            "Adam, eta2 / 100": ("adam", lr / 100, True), "Adam, eta2 constant": ("adam", lr, False),
-            "plain, eta2 = 1": ("plain", 1.0, True), "plain, eta2 = 10": ("plain", 10.0, True),
+    """{name: (ascent, eta2, does eta2 follow the cosine)}; the ascent is sgd, adamw or power."""
+    return {"plain, eta2 = eta1": ("sgd", lr, True), "plain, eta2 = 100 eta1": ("sgd", 100 * lr, True),
+            "plain, eta2 = 1000 eta1": ("sgd", 1000 * lr, True), "Adam, eta2 = eta1": ("adamw", lr, True),
+            "Adam, eta2 = eta1 / 10": ("adamw", lr / 10, True), "Adam, eta2 = eta1, constant": ("adamw", lr, False),
             "power rule": ("power", 0.0, True)}
 
 
 def measure_f(run, options):
-    """{rule: lists over the steps}: effective rank of s B2 A2, cosine with its own value a lag ago ("lag 1", ...), with its
+    """{rule: lists over the steps}: effective rank of B2 A2, cosine with its own value a lag ago ("lag 1", ...), with its
     value after the last step ("final"); and now and then with G at W, of the batch that it perturbs and over the sample."""
     args = argparse.Namespace(**{**vars(run.args), "epochs": options.ascent_epochs or run.args.epochs})
-    return {name: watch_ascent(run, args, *rule) for name, rule in ascent_rules(run.args.aux_lr or run.args.lr).items()}
+    return {name: watch_ascent(run, args, *rule) for name, rule in ascent_rules(run.args.lr).items()}
 
 
 def watch_ascent(run, args, kind, eta2, falls):
     examples, _ = run.data
-    args = argparse.Namespace(**{**vars(args), "aux_lr": eta2})
-    run.model, layers, optimizer = train_glue.prepare(args, "bi-lora", run.seed, run.experiment.build)
+    args = argparse.Namespace(**{**vars(args), "aux_lr": eta2, "ascent": "adamw" if kind == "adamw" else "sgd"})
+    run.model, layers, (descent, ascent) = train_glue.prepare(args, "bi-lora", run.seed, run.experiment.build)
     model, rho = run.model.train(), args.rho[0]
-    if kind == "plain":
-        del optimizer.param_groups[1]  # plain_ascent does it
     weights = [layer.weight for layer in layers]
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
-    schedule, rng, rows, history = cosine_schedule(optimizer, steps), random.Random(run.seed), [], []
+    schedules = [cosine_schedule(descent, steps)]
+    if kind != "power" and falls:
+        schedules.append(cosine_schedule(ascent, steps))
+    rng, rows, history = random.Random(run.seed), [], []
     bar = tqdm(total=steps, desc=f"f, {kind} {eta2:g}", leave=False, disable=None)
     for _ in range(args.epochs):
         for order in batch_order(examples, args.batch_size, rng):
@@ -379,16 +379,13 @@ def watch_ascent(run, args, kind, eta2, falls):
                 row["cosine_sample"] = cosine(eps, gradient(run.losses(run.sample), weights)[1])
                 row["cosine_batch"] = cosine(eps, gradient(run.losses(batch), weights)[1])
                 model.train()
-            if not falls:
-                optimizer.param_groups[-1]["lr"] = eta2
             closure = partial(forward_backward, model, run.experiment, batch, args)
-            if kind == "adam":
-                bilora_step(optimizer, closure, layers, rho)
-            elif kind == "plain":
-                plain_ascent_step(optimizer, closure, layers, rho, eta2 * schedule.get_last_lr()[0] / args.lr)
-            elif kind == "power":
-                bilora_power_step(optimizer, closure, layers, rho, args.momentum)
-            schedule.step()
+            if kind == "power":
+                bilora_power_step(descent, closure, layers, rho, args.momentum)
+            else:
+                bilora_step(descent, ascent, closure, layers, rho)
+            for schedule in schedules:
+                schedule.step()
             rows.append(row)
             bar.update()
     bar.close()
@@ -397,18 +394,6 @@ def watch_ascent(run, args, kind, eta2, falls):
     run.drop()
     keys = ("rank", *(f"lag {lag}" for lag in LAGS), "final", "cosine_batch", "cosine_sample")
     return {key: [row.get(key) for row in rows] for key in keys}
-
-
-def plain_ascent_step(optimizer, closure, layers, rho, eta2):
-    """Bi-LoRA with plain gradient ascent, Eq. (9, 10) as they are written, whatever the optimizer of the descent."""
-    auxiliary = [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
-    for p in auxiliary:
-        p.grad = None
-    lora_step(optimizer, closure)
-    with torch.no_grad():
-        for p in auxiliary:
-            p.add_(p.grad, alpha=eta2)                                  # (9)
-    clip_perturbation_(layers, rho)                                     # (10)
 
 
 # ------------------------------------------------------------------------------ all runs

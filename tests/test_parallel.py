@@ -9,21 +9,19 @@ import sys
 
 import torch
 
-from bilora import auxiliary_parameters, bilora_step, lora_layers, lora_sam_step, primary_parameters
-from test_steps import adapted, closure_of
+from bilora import bilora_step, lora_layers, lora_sam_step, primary_parameters
+from test_steps import adapted, closure_of, sgd_pair
 
 STEPS = 3
 
 
 def train(net, model, batch, method):
     """`model` is what the closure calls: net itself, or net in DDP.  Returns the adapter after some steps."""
-    groups = [{"params": primary_parameters(net)}, {"params": auxiliary_parameters(net), "maximize": True}]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
     for _ in range(STEPS):
         if method == "bi-lora":
-            bilora_step(optimizer, closure_of(model, batch), lora_layers(net), 0.3)
+            bilora_step(*sgd_pair(net), closure_of(model, batch), lora_layers(net), 0.1)
         else:
-            lora_sam_step(optimizer, closure_of(model, batch), 0.3)
+            lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.1), closure_of(model, batch), 0.3)
     return {name: p.detach() for name, p in net.named_parameters()}
 
 

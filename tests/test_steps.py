@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilora
-from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizer, bilora_power_step, bilora_step,
+from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_power_step, bilora_step,
                     clip_perturbation_, lora_layers, lora_sam_step, lora_step, perturbation_norm,
                     primary_parameters)
 
@@ -86,6 +86,12 @@ def closure_of(net, batch, scale=1.0, seen=None):
             seen.append({name: p.detach().clone() for name, p in net.named_parameters()})
         return loss
     return closure
+
+
+def sgd_pair(net, eta1=0.1, eta2=0.1):
+    """(descent, ascent): plain gradient steps for the primary and for the auxiliary pairs, as (9) is printed."""
+    return (torch.optim.SGD(primary_parameters(net), lr=eta1),
+            torch.optim.SGD(auxiliary_parameters(net), lr=eta2, maximize=True))
 
 
 def global_norm(tensors):
@@ -235,6 +241,23 @@ def test_add_lora_targets():
         add_lora(Net(), 2, 4, targets="query")
 
 
+def test_targets_may_be_a_list_of_name_endings():
+    """As PEFT reads a list: the whole name, or what follows a point; each ending has to find something."""
+    def net():
+        return nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4), "seq": nn.Linear(4, 4)}),
+                              "b": nn.ModuleDict({"q": nn.Linear(4, 4)}), "head": nn.Linear(4, 4)})
+    names = lambda model: [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    for targets, expected in ((["q", "v"], ["a.q", "a.v", "b.q"]), (("a.q", "head"), ["a.q", "head"]), ({"seq"}, ["a.seq"])):
+        model = net()
+        add_lora(model, 2, 4, targets=targets)
+        assert names(model) == expected
+    for targets, message in ((["q", "k"], "'k' matches no nn.Linear of a.q, a.v"), ([], r"targets is \[\]; expected")):
+        model = net()
+        with pytest.raises(ValueError, match=message):
+            add_lora(model, 2, 4, targets=targets)
+        assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
 def test_heads_are_left_out_at_any_depth():
     linear = lambda: nn.Linear(4, 4)
     net = nn.ModuleDict({"body": nn.ModuleDict({"header": linear(), "score": linear()}), "lm_head": linear(),
@@ -280,9 +303,21 @@ def test_impossible_ranks(rank, aux_rank, named):
         LoRALinear(nn.Linear(6, 4), rank, 4, aux_rank)
 
 
-def test_empty_batch_and_wrong_module():
-    with pytest.raises(ValueError, match=r"empty batch, shape \(0, 6\)"):
-        LoRALinear(nn.Linear(6, 4), 2, 4)(torch.empty(0, 6))
+@pytest.mark.parametrize("shape", [(0, 6), (3, 0, 6), (2, 6), (6,), (2, 3, 6)])
+def test_shapes_of_a_batch_are_those_of_nn_linear(shape):
+    """An empty batch passes, forward and backward, and leaves gradients of zero; a wrong width is refused, full or empty."""
+    torch.manual_seed(0)
+    layer, x = LoRALinear(nn.Linear(6, 4), 2, 4, 3).train(), torch.randn(shape)
+    y = layer(x)
+    assert y.shape == F.linear(x, layer.weight, layer.bias).shape
+    y.sum().backward()
+    assert all(p.grad is not None and (x.numel() > 0 or not p.grad.any()) for p in (layer.lora_B, layer.lora_A, layer.aux_B))
+    for wrong in ((0, 5), (4, 3)):
+        with pytest.raises(RuntimeError, match="shapes"):
+            layer(torch.empty(wrong))
+
+
+def test_only_a_linear_layer_is_wrapped():
     with pytest.raises(ValueError, match="Embedding"):
         LoRALinear(nn.Embedding(6, 4), 2, 4)
 
@@ -335,7 +370,7 @@ def test_plain_sam_eq_a2_a3(batch, rho, make):
 
 
 @pytest.mark.parametrize("rho", [1e-3, 0.05, 0.5, 5.0])
-def test_lora_sam_step_eq_3_4(batch, rho):
+def test_lora_sam_step_eq_4(batch, rho):
     net, lr = adapted(), 0.1
     B, A = ({n: getattr(getattr(net, n), f).detach().clone() for n in LAYERS} for f in ("lora_B", "lora_A"))
     W0 = {n: getattr(net, n).weight for n in LAYERS}
@@ -533,12 +568,11 @@ def test_first_lora_sam_step_stays_in_row_space_of_A(batch):
 # ------------------------------------------------------------------------------------------ Bi-LoRA
 
 
-@pytest.mark.parametrize("rho", [1e-3, 0.3, 4.0, 1e3])
-def test_bilora_step_eq_8_9_10(batch, rho):
+@pytest.mark.parametrize("rho", [1e-3, 0.3, 1.3, 1e3])
+def test_bilora_step_eq_9_10(batch, rho):
     """Three steps with plain gradients, written out from G; the largest radius never clips, the smallest always does."""
     net, s, eta1, eta2 = adapted(aux_rank=3), 3.0, 0.1, 0.2
-    optimizer = torch.optim.SGD([{"params": primary_parameters(net), "lr": eta1},
-                                 {"params": auxiliary_parameters(net), "lr": eta2, "maximize": True}])
+    descent, ascent = sgd_pair(net, eta1, eta2)
     clipped = []
     for _ in range(3):
         G = plain_gradients(net, *batch, auxiliary=True)
@@ -546,13 +580,13 @@ def test_bilora_step_eq_8_9_10(batch, rho):
         for n in LAYERS:
             layer = getattr(net, n)
             B1, A1, B2, A2 = (getattr(layer, f).detach().clone() for f in ("lora_B", "lora_A", "aux_B", "aux_A"))
-            new[n] = [B1 - eta1 * s * G[n] @ A1.T, A1 - eta1 * s * B1.T @ G[n],   # (8)
+            new[n] = [B1 - eta1 * s * G[n] @ A1.T, A1 - eta1 * s * B1.T @ G[n],   # (9)
                       B2 + eta2 * s * G[n] @ A2.T, A2 + eta2 * s * B2.T @ G[n]]   # (9)
-        c = global_norm([s * B2 @ A2 for _, _, B2, A2 in new.values()])
+        c = global_norm([B2 @ A2 for _, _, B2, A2 in new.values()])               # without s
         if c > rho:                                                               # (10)
             new = {n: [B1, A1, B2 * math.sqrt(rho / c), A2 * math.sqrt(rho / c)] for n, (B1, A1, B2, A2) in new.items()}
         first = F.cross_entropy(net(batch[0]), batch[1])
-        loss = bilora_step(optimizer, closure_of(net, batch), lora_layers(net), rho)
+        loss = bilora_step(descent, ascent, closure_of(net, batch), lora_layers(net), rho)
         torch.testing.assert_close(loss, first.detach(), **close)
         for n, values in new.items():
             for field, value in zip(("lora_B", "lora_A", "aux_B", "aux_A"), values):
@@ -561,17 +595,19 @@ def test_bilora_step_eq_8_9_10(batch, rho):
     assert clipped[0] if rho < 1e3 else not any(clipped)
 
 
-def test_bilora_optimizer_is_adamw_with_the_sign_flipped(batch):
-    """Two AdamW of torch's own, one fed G's ascent gradient with its sign changed by hand."""
+@pytest.mark.parametrize("ascent, oracle", [
+    ("sgd", lambda params: torch.optim.SGD(params, lr=0.02)),
+    ("adamw", lambda params: torch.optim.AdamW(params, lr=0.02, weight_decay=0.0))])
+def test_bilora_optimizers_are_torchs_own_with_the_sign_flipped(batch, ascent, oracle):
+    """Two optimizers of torch's own, one fed the ascent's gradient with its sign changed by hand."""
     net = adapted(aux_rank=3)
     net.head.requires_grad_(True)
     other = copy.deepcopy(net)
-    ours = bilora_optimizer(net, lr=0.01, aux_lr=0.02, weight_decay=0.1)
+    ours = bilora_optimizers(net, lr=0.01, aux_lr=0.02, ascent=ascent, weight_decay=0.1)
     down = [p for n, p in other.named_parameters() if p.requires_grad and "aux" not in n]
-    theirs = [torch.optim.AdamW(down, lr=0.01, weight_decay=0.1),
-              torch.optim.AdamW(auxiliary_parameters(other), lr=0.02, weight_decay=0.0)]
+    theirs = [torch.optim.AdamW(down, lr=0.01, weight_decay=0.1), oracle(auxiliary_parameters(other))]
     for _ in range(3):
-        bilora_step(ours, closure_of(net, batch), lora_layers(net), 1e9)
+        bilora_step(*ours, closure_of(net, batch), lora_layers(net), 1e9)
         other.zero_grad()
         closure_of(other, batch)()
         for p in auxiliary_parameters(other):
@@ -582,53 +618,85 @@ def test_bilora_optimizer_is_adamw_with_the_sign_flipped(batch):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_every_trainable_parameter_is_in_exactly_one_group():
+def test_every_trainable_parameter_is_in_exactly_one_optimizer():
     net = adapted(aux_rank=2)
     net.head.requires_grad_(True)
-    down, up = bilora_optimizer(net, lr=1e-3, aux_lr=2e-3).param_groups
+    descent, ascent = bilora_optimizers(net, lr=1e-3, aux_lr=2e-3)
+    assert (type(descent), type(ascent)) == (torch.optim.AdamW, torch.optim.SGD)
+    (down,), (up,) = descent.param_groups, ascent.param_groups
     assert not down["maximize"] and up["maximize"] and (down["lr"], up["lr"]) == (1e-3, 2e-3)
+    assert down["weight_decay"] == up["weight_decay"] == up["momentum"] == 0
     assert {id(p) for p in up["params"]} == {id(p) for p in auxiliary_parameters(net)}
     both = [id(p) for p in down["params"] + up["params"]]
     assert len(both) == len(set(both)) == 14
     assert set(both) == {id(p) for p in net.parameters() if p.requires_grad}
-    assert bilora_optimizer(adapted(aux_rank=2), lr=1e-3).param_groups[1]["lr"] == 1e-3
-    assert len(bilora_optimizer(adapted(), lr=1e-3).param_groups) == 1
+    assert bilora_optimizers(adapted(aux_rank=2), lr=1e-3)[1].param_groups[0]["lr"] == 1e-3
+    assert bilora_optimizers(adapted(), lr=1e-3)[1] is None
 
 
-def test_bilora_step_wants_an_ascending_group(batch):
+def test_bilora_optimizers_refuse():
+    with pytest.raises(ValueError, match="ascent is 'adam'; expected 'sgd' or 'adamw'"):
+        bilora_optimizers(adapted(), 0.1, ascent="adam")
+    with pytest.raises(ValueError, match="nothing to train"):
+        bilora_optimizers(Net().requires_grad_(False), 0.1)
+
+
+def ascents(net):
+    """{what is wrong with it: (descent, ascent, message)}."""
+    up, down, sgd = auxiliary_parameters(net), primary_parameters(net), torch.optim.SGD
+    good = sgd(up, lr=0.1, maximize=True)
+    return {
+        "descends": (sgd(down, lr=0.1), sgd(up, lr=0.1), "maximize=True in every group"),
+        "one group descends": (sgd(down, lr=0.1), sgd([{"params": up[:1], "maximize": False}, {"params": up[1:]}], lr=0.1,
+                                                       maximize=True), "maximize=True in every group"),
+        "takes the key and descends": (sgd(down, lr=0.1), torch.optim.Muon([{"params": up, "maximize": True}], lr=0.1),
+                                       "Muon does not know the option maximize"),
+        "one is missing": (sgd(down, lr=0.1), sgd(up[1:], lr=0.1, maximize=True), "5 of the layers' 6 .* 0 others, descent 0"),
+        "one is foreign": (sgd(down[1:], lr=0.1), sgd([*up, down[0]], lr=0.1, maximize=True), "6 of .* 1 others, descent 0"),
+        "in both": (sgd([*down, up[0]], lr=0.1), good, "6 of .* 0 others, descent 1"),
+        "the descent ascends": (sgd(down, lr=0.1, maximize=True), good, "descent: expected no group"),
+        "there is none": (sgd(down, lr=0.1), None, "ascent is None; expected the optimizer")}
+
+
+@pytest.mark.parametrize("case", ascents(adapted(aux_rank=2)))
+def test_what_does_not_ascend_is_refused_before_anything_moves(batch, case):
     net = adapted(aux_rank=2)
-    for params in (list(net.parameters()), primary_parameters(net)):
-        optimizer = torch.optim.SGD(params, lr=0.1)
-        with pytest.raises(ValueError, match="maximize=True; 0 of 6 are"):
-            bilora_step(optimizer, closure_of(net, batch), lora_layers(net), 0.1)
+    (descent, ascent, message), before = ascents(net)[case], snapshot(net)
+    with pytest.raises(ValueError, match=message):
+        bilora_step(descent, ascent, closure_of(net, batch), lora_layers(net), 0.1)
+    assert_same_bits(net, before)
+    assert all(p.grad is None for p in net.parameters())  # no pass was made either
+
+
+def test_bilora_step_wants_layers_with_auxiliary_pairs(batch):
     net = adapted()
-    with pytest.raises(ValueError, match="0 of 0"):
-        bilora_step(bilora_optimizer(net, 0.1), closure_of(net, batch), lora_layers(net), 0.1)
-
-
-def test_bilora_step_wants_every_auxiliary_parameter_to_ascend_and_no_other(batch):
+    with pytest.raises(ValueError, match="no layer has an auxiliary pair"):
+        bilora_step(*bilora_optimizers(net, 0.1), closure_of(net, batch), lora_layers(net), 0.1)
     net = adapted(aux_rank=2)
-    up, down = auxiliary_parameters(net), primary_parameters(net)
-    optimizer = torch.optim.SGD([{"params": down + up[:1]}, {"params": up[1:], "maximize": True}], lr=0.1)
-    with pytest.raises(ValueError, match="5 of 6 are"):
-        bilora_step(optimizer, closure_of(net, batch), lora_layers(net), 0.1)
-    with pytest.raises(ValueError, match="primary parameters to descend"):
-        bilora_step(torch.optim.SGD(down + up, lr=0.1, maximize=True), closure_of(net, batch), lora_layers(net), 0.1)
+    for model in (net, nn.Sequential(net)):  # the second could be iterated over
+        for call in (lambda: bilora_step(*sgd_pair(net), closure_of(net, batch), model, 0.1),
+                     lambda: perturbation_norm(model), lambda: clip_perturbation_(model, 0.1)):
+            with pytest.raises(ValueError, match=f"layers is a {type(model).__name__}; expected the list"):
+                call()
+
+
+def test_another_clip_stands_in_the_place_of_eq_10(batch):
+    """It is called once, after both optimizers have moved, with the layers and the radius."""
+    net, twin, seen = adapted(aux_rank=2), adapted(aux_rank=2), []
+    bilora_step(*sgd_pair(net), closure_of(net, batch), lora_layers(net), 0.01, clip=lambda *given: seen.append(given))
+    bilora_step(*sgd_pair(twin), closure_of(twin, batch), lora_layers(twin), 1e9)  # never clips
+    assert seen == [(lora_layers(net), 0.01)]
+    assert_same_bits(net, snapshot(twin))
 
 
 def test_layers_may_be_any_iterable_and_name_a_layer_twice(batch):
     net, other = adapted(aux_rank=2), adapted(aux_rank=2)
-    bilora_step(bilora_optimizer(net, 0.1), closure_of(net, batch), (layer for layer in lora_layers(net)), 0.01)
-    bilora_step(bilora_optimizer(other, 0.1), closure_of(other, batch), lora_layers(other) * 2, 0.01)
+    bilora_step(*sgd_pair(net), closure_of(net, batch), (layer for layer in lora_layers(net)), 0.01)
+    bilora_step(*sgd_pair(other), closure_of(other, batch), lora_layers(other) * 2, 0.01)
     for model in (net, other):
         assert perturbation_norm(layer for layer in lora_layers(model)).item() == pytest.approx(0.01, rel=1e-9)
     assert clip_perturbation_((layer for layer in lora_layers(net)), 0.005).item() == pytest.approx(0.01, rel=1e-9)
     assert perturbation_norm(lora_layers(net)).item() == pytest.approx(0.005, rel=1e-9)
-
-
-def test_bilora_optimizer_passes_settings_on():
-    defaults = bilora_optimizer(adapted(aux_rank=2), 0.1, betas=(0.5, 0.6), eps=0.1, fused=False).param_groups
-    assert all(group["betas"] == (0.5, 0.6) and group["eps"] == 0.1 and not group["fused"] for group in defaults)
 
 
 def test_evaluation_does_not_see_the_auxiliary_pair(batch):
@@ -644,12 +712,20 @@ def test_evaluation_does_not_see_the_auxiliary_pair(batch):
 # ------------------------------------------------------------------------------------------ the norm and the clip
 
 
-@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_gram_norm_equals_dense_norm(dtype, rtol):
-    net = adapted(aux_rank=3).to(dtype)
-    dense = global_norm([3.0 * layer.aux_B.double() @ layer.aux_A.double() for layer in lora_layers(net)])
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5),
+                                         (torch.float16, 1e-5)])
+@pytest.mark.parametrize("size", [1.0, 1e-3, 50.0])
+def test_gram_norm_equals_dense_norm(dtype, rtol, size):
+    """c has no s in it (s is 3 here), and is computed in float32 or wider: in float16 its square would be 0 or infinite."""
+    net = adapted(aux_rank=3)
+    with torch.no_grad():
+        for p in auxiliary_parameters(net):
+            p.mul_(size)
+    net.to(dtype)
+    dense = global_norm([layer.aux_B.double() @ layer.aux_A.double() for layer in lora_layers(net)])
     norm = perturbation_norm(lora_layers(net))
-    assert norm.shape == () and norm.item() == pytest.approx(dense, rel=rtol)
+    assert norm.shape == () and norm.dtype == torch.promote_types(dtype, torch.float32)
+    assert norm.item() == pytest.approx(dense, rel=rtol)
     with torch.autocast("cpu", torch.bfloat16):
         assert perturbation_norm(lora_layers(net)).item() == norm.item()
     assert perturbation_norm(lora_layers(adapted())).item() == 0.0
@@ -662,7 +738,7 @@ def test_gram_norm_forms_no_full_matrix():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            if function.overloadpacket not in (torch.ops.aten.t, torch.ops.aten.detach):  # views
+            if isinstance(out, torch.Tensor) and function.overloadpacket not in (torch.ops.aten.t, torch.ops.aten.detach):  # views
                 largest.append(out.numel())
             return out
 
@@ -671,11 +747,12 @@ def test_gram_norm_forms_no_full_matrix():
         layer.aux_B.normal_()
     with Watch():
         norm = perturbation_norm([layer])
-    assert max(largest) == 49 and norm.item() == pytest.approx(layer.aux_delta().double().norm().item(), rel=1e-5)
+    assert max(largest) == 49 and norm.item() == pytest.approx(
+        (layer.aux_B.double() @ layer.aux_A.double()).norm().item(), rel=1e-5)
 
 
 def dense_products(net):
-    return torch.cat([(3.0 * layer.aux_B @ layer.aux_A).flatten() for layer in lora_layers(net)]).detach()
+    return torch.cat([(layer.aux_B @ layer.aux_A).flatten() for layer in lora_layers(net)]).detach()
 
 
 def test_clip_is_global_acts_only_outside_and_lands_on_the_ball():
@@ -711,22 +788,81 @@ def test_clip_needs_no_value_on_the_host(monkeypatch):
         bool(c > 0.1)
 
 
-@pytest.mark.parametrize("step", [lambda n, o, c: lora_sam_step(o, c, -0.1), lambda n, o, c: lora_sam_step(o, c, math.nan),
-                                  lambda n, o, c: bilora_step(o, c, lora_layers(n), -0.1),
-                                  lambda n, o, c: clip_perturbation_(lora_layers(n), -0.1)])
-def test_negative_radius(batch, step):
+STEPS = {"LoRA": lambda net, down, up, closure, rho=0.05: lora_step(down, closure),
+         "LoRA-SAM": lambda net, down, up, closure, rho=0.05: lora_sam_step(down, closure, rho),
+         "Bi-LoRA": lambda net, down, up, closure, rho=0.05: bilora_step(down, up, closure, lora_layers(net), rho),
+         "Bi-LoRA, power rule": lambda net, down, up, closure, rho=0.05: bilora_power_step(down, closure, lora_layers(net), rho)}
+
+
+@pytest.mark.parametrize("rho", [-0.1, math.nan])
+def test_negative_radius(batch, rho):
     net = adapted(aux_rank=2)
     before = snapshot(net)
+    for method in [method for method in STEPS if method != "LoRA"]:
+        with pytest.raises(ValueError, match="rho is (-0.1|nan)"):
+            STEPS[method](net, *bilora_optimizers(net, 0.1), closure_of(net, batch), rho)
     with pytest.raises(ValueError, match="rho is (-0.1|nan)"):
-        step(net, bilora_optimizer(net, 0.1), closure_of(net, batch))
+        clip_perturbation_(lora_layers(net), rho)
     assert_same_bits(net, before)
 
 
-# ------------------------------------------------------------------------------------------ NaN and infinity
+# ------------------------------------------------------------------------------------------ steps that cannot do their work
 
-STEPS = {"LoRA": lambda n, o, c: lora_step(o, c), "LoRA-SAM": lambda n, o, c: lora_sam_step(o, c, 0.05),
-         "Bi-LoRA": lambda n, o, c: bilora_step(o, c, lora_layers(n), 0.05),
-         "Bi-LoRA, power rule": lambda n, o, c: bilora_power_step(o, c, lora_layers(n), 0.05)}
+
+@pytest.mark.parametrize("method, bad_pass", [("LoRA", 1), ("LoRA-SAM", 1), ("LoRA-SAM", 2), ("Bi-LoRA", 1), ("Bi-LoRA, power rule", 1)])
+@pytest.mark.parametrize("how", ["no backward", "no backward, with old gradients", "optimizer made before the adapters"])
+def test_a_closure_that_leaves_no_gradient(batch, method, bad_pass, how):
+    """Nothing would be trained, and nothing would say so."""
+    torch.manual_seed(0)
+    net, calls = Net().double(), []
+    early = torch.optim.SGD(net.parameters(), lr=0.1)
+    add_lora(net, 2, 4, 2)
+    net.double().train()
+    down, up = bilora_optimizers(net, 0.1)
+    if how == "optimizer made before the adapters":
+        down = early
+    before = snapshot(net)
+
+    def closure():
+        calls.append(1)
+        loss = F.cross_entropy(net(batch[0]), batch[1])
+        if len(calls) < bad_pass or how == "optimizer made before the adapters":
+            loss.backward()
+        return loss
+
+    if how == "no backward, with old gradients":
+        for p in [*primary_parameters(net), *auxiliary_parameters(net)]:
+            p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=f"{method}.*closure\\(\\) left none of .* a gradient; expected it to call backward"):
+        STEPS[method](net, down, up, closure)
+    assert_same_bits(net, before)
+    assert not down.state
+
+
+def test_an_auxiliary_pair_that_gets_no_gradient(batch):
+    """The ascent would stand still: the forward pass does not use the layers that it is given."""
+    net, other = adapted(aux_rank=2), adapted(aux_rank=2)
+    before = snapshot(net)
+    descent, _ = sgd_pair(net)
+    with pytest.raises(ValueError, match="Bi-LoRA: closure.* left none of 6 parameters"):
+        bilora_step(descent, sgd_pair(other)[1], closure_of(net, batch), lora_layers(other), 0.1)
+    assert_same_bits(net, before)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "LoRA-SAM"])
+def test_everything_frozen(batch, method):
+    net = adapted()
+    optimizer = torch.optim.SGD(primary_parameters(net), lr=0.1)
+    x = batch[0].clone().requires_grad_()  # so that backward() itself does not complain
+    net.requires_grad_(False)
+
+    def closure():
+        loss = F.cross_entropy(net(x), batch[1])
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match=r"left none of 6 parameters \(6 of them frozen\)"):
+        STEPS[method](net, optimizer, None, closure)
 
 
 @pytest.mark.parametrize("method, bad_pass", [("LoRA", 1), ("LoRA-SAM", 1), ("LoRA-SAM", 2), ("Bi-LoRA", 1), ("Bi-LoRA, power rule", 1)])
@@ -734,9 +870,9 @@ STEPS = {"LoRA": lambda n, o, c: lora_step(o, c), "LoRA-SAM": lambda n, o, c: lo
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_finite(batch, method, bad_pass, value, where):
     net, calls = adapted(aux_rank=2), []
-    optimizer = bilora_optimizer(net, 0.1)
-    STEPS[method](net, optimizer, closure_of(net, batch))
-    before, state = snapshot(net), copy.deepcopy(optimizer.state_dict())
+    down, up = bilora_optimizers(net, 0.1)
+    STEPS[method](net, down, up, closure_of(net, batch))
+    before, state = snapshot(net), copy.deepcopy(down.state_dict())
 
     def closure():
         loss = closure_of(net, batch)()
@@ -748,10 +884,26 @@ def test_not_finite(batch, method, bad_pass, value, where):
         return loss
 
     with pytest.raises(FloatingPointError, match=f"{method}.*step 2"):
-        STEPS[method](net, optimizer, closure)
+        STEPS[method](net, down, up, closure)
     assert len(calls) == bad_pass
     assert_same_bits(net, before)
-    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+    torch.testing.assert_close(down.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["Bi-LoRA", "Bi-LoRA, power rule"])
+def test_a_nan_in_an_auxiliary_gradient_alone(batch, method):
+    """The descent does not hold the pair, and the loss is finite."""
+    net = adapted(aux_rank=2)
+    before = snapshot(net)
+
+    def closure():
+        loss = closure_of(net, batch)()
+        net.last.aux_A.grad[0, 0] = math.nan
+        return loss
+
+    with pytest.raises(FloatingPointError, match=f"{method}, step 1"):
+        STEPS[method](net, *bilora_optimizers(net, 0.1), closure)
+    assert_same_bits(net, before)
 
 
 def test_not_finite_outside_the_optimizer_and_without_a_step_count(batch):
@@ -774,9 +926,9 @@ def test_closures_that_return_no_loss(batch, method):
     for value in (None, 0.5, torch.ones(3)):
         net = adapted(aux_rank=2)
         with pytest.raises(ValueError, match="expected the loss, a tensor of one number"):
-            STEPS[method](net, bilora_optimizer(net, 0.1), lambda: value)
+            STEPS[method](net, *bilora_optimizers(net, 0.1), lambda: value)
     net = adapted(aux_rank=2)
-    loss = STEPS[method](net, bilora_optimizer(net, 0.1), closure_of(net, batch))
+    loss = STEPS[method](net, *bilora_optimizers(net, 0.1), closure_of(net, batch))
     assert loss.shape == () and not loss.requires_grad
 
 
@@ -807,8 +959,8 @@ def test_the_norm_of_bfloat16_gradients_is_not_rounded_to_bfloat16():
 def test_training_lowers_the_loss_and_leaves_the_base_alone(batch, method):
     net = adapted(aux_rank=2 if method.startswith("Bi-LoRA") else 0, spread=0.1).float()
     batch = (batch[0].float(), batch[1])
-    optimizer, before = bilora_optimizer(net, 0.05), snapshot(net)
-    losses = [STEPS[method](net, optimizer, closure_of(net, batch)).item() for _ in range(100)]
+    optimizers, before = bilora_optimizers(net, 0.05, aux_lr=1.0), snapshot(net)
+    losses = [STEPS[method](net, *optimizers, closure_of(net, batch)).item() for _ in range(100)]
     assert losses[-1] < losses[0] - 0.2
     after = net.state_dict()
     for name in before:
@@ -832,9 +984,7 @@ def test_micro_batches_equal_one_batch(batch, method):
         return total
 
     for net, closure in ((whole, closure_of(whole, batch)), (parts, accumulate)):
-        optimizer = torch.optim.SGD([{"params": primary_parameters(net)},
-                                     {"params": auxiliary_parameters(net), "maximize": True}], lr=0.1)
-        STEPS[method](net, optimizer, closure)
+        STEPS[method](net, *sgd_pair(net), closure)
     for (name, p), q in zip(whole.named_parameters(), parts.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-12, msg=name)
 
@@ -849,7 +999,7 @@ def test_the_module_prints_nothing_and_imports_only_torch():
 def test_bilora_step_in_eval_mode_is_refused():
     """The auxiliary pair would not be seen: the step would be LoRA's."""
     net = adapted(aux_rank=2).eval()
-    before, optimizer = snapshot(net), bilora_optimizer(net, 0.1)
+    before, optimizers = snapshot(net), bilora_optimizers(net, 0.1)
     with pytest.raises(ValueError, match="in training mode: call model.train"):
-        bilora_step(optimizer, lambda: net(torch.ones(1, 6, dtype=torch.float64)).sum(), lora_layers(net), 0.3)
+        bilora_step(*optimizers, lambda: net(torch.ones(1, 6, dtype=torch.float64)).sum(), lora_layers(net), 0.3)
     assert_same_bits(net, before)

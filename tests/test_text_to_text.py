@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import train_glue
 from bilora import add_lora, load_adapter
 from model import Transformer, load_tokenizer
-from train_glue import METHODS, PROMPTS, T5_PROMPTS, TASKS, answer_losses, class_scores, forward_backward, main, predict
+from train_glue import GENERIC, METHODS, T5_OWN, TASKS, answer_losses, class_scores, forward_backward, main, predict
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 CPU = train_glue.argparse.Namespace(device="cpu", bf16=False, micro_batch=3)
@@ -100,11 +100,11 @@ BY_HAND = {  # task: (LoRA-GA's prompt and answers, T5's own)
 
 
 def test_prompts_by_hand():
-    assert PROMPTS.keys() == T5_PROMPTS.keys() == BY_HAND.keys() == TASKS.keys() - {"embedded", "stsb"}
+    assert GENERIC.keys() == T5_OWN.keys() == BY_HAND.keys() == TASKS.keys() - {"embedded", "stsb"}
     for task, (prompt, answers, own, own_answers) in BY_HAND.items():
-        assert PROMPTS[task] == (prompt, tuple(answers.split())) and T5_PROMPTS[task] == (own, tuple(own_answers.split()))
-        assert len(PROMPTS[task][1]) == len(T5_PROMPTS[task][1]) == len(TASKS[task].labels)
-    assert T5_PROMPTS["mnli"][0].format("a {b}", "c") == "mnli hypothesis: c premise: a {b}"
+        assert GENERIC[task] == (prompt, tuple(answers.split())) and T5_OWN[task] == (own, tuple(own_answers.split()))
+        assert len(GENERIC[task][1]) == len(T5_OWN[task][1]) == len(TASKS[task].labels)
+    assert T5_OWN["mnli"][0].format("a {b}", "c") == "mnli hypothesis: c premise: a {b}"
 
 
 def tokenizer(end=None):
@@ -125,11 +125,11 @@ def test_answers_are_whole_words_and_end():
 
 def test_a_long_prompt_keeps_its_beginning_and_its_end():
     rows = [(("a b c d e f g h", "h g"), 1), (("a", "b"), 0)]
-    (long, _, label), (short, *_) = train_glue.encode_prompts(tokenizer(end=True), rows, T5_PROMPTS["mrpc"][0], 12)
+    (long, _, label), (short, *_) = train_glue.encode_prompts(tokenizer(end=True), rows, T5_OWN["mrpc"][0], 12)
     assert long == [7, 8, 10, 11] + [16, 17, 18, 9, 10, 18, 17, 1] and label == 1  # 16 tokens, of which 12 are kept
     assert short == [7, 8, 10, 11, 9, 10, 12, 1]
     with pytest.raises(ValueError, match="--max-length is 8; expected more than the 8"):
-        train_glue.encode_prompts(tokenizer(), rows, T5_PROMPTS["mrpc"][0], 8)
+        train_glue.encode_prompts(tokenizer(), rows, T5_OWN["mrpc"][0], 8)
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -182,13 +182,14 @@ def test_runs_of_all_methods(folders, family, adapted):
 
 def test_it_learns(folders):
     """The second sentence's word gives the label away."""
-    report = main([*RUN, "--model", "t5", "--method", "lora", "--rank", "4", "--epochs", "60", "--lr", "0.01"])
+    report = main([*RUN, "--model", "t5", "--method", "lora", "--rank", "4", "--epochs", "60", "--lr", "0.01", "--prompts", "t5"])
     assert report["results"][0]["metrics"]["accuracy"] == 1.0
 
 
-@pytest.mark.parametrize("family, table", [("t5", T5_PROMPTS), ("flan-t5", PROMPTS), ("llama3", PROMPTS)])
-def test_t5s_own_prompts_are_for_t5s_first_version(folders, family, table):
-    _, args = train_glue.parse_arguments([*RUN, "--model", family])
+@pytest.mark.parametrize("family", ["t5", "flan-t5", "llama3"])
+@pytest.mark.parametrize("given, table", [([], GENERIC), (["--prompts", "generic"], GENERIC), (["--prompts", "t5"], T5_OWN)])
+def test_the_followed_codes_prompts_are_the_default_for_every_family(folders, family, given, table):
+    _, args = train_glue.parse_arguments([*RUN, "--model", family, *given])
     loaded = train_glue.load_glue(args, TASKS["mrpc"])
     made, eos = load_tokenizer(folders / family), 5 if family == "llama3" else 1
     sentences, label = train_glue.read_tsv(TASKS["mrpc"], "data/train.tsv")[0]

@@ -22,8 +22,8 @@ from bilora import add_lora, load_adapter
 from model import Transformer
 from test_train_glue import outcome
 from train_glue import METHODS, forward_backward
-from train_gsm8k import (PRETRAINING, TRANSFER, embedded_tokenizer, encode, extract_answer, is_right, json_array, main, problem,
-                         read_jsonl, read_metamath)
+from train_gsm8k import (PRETRAINING, TRANSFER, embedded_tokenizer, encode, extract_answer, is_right, json_array, main, metamath_rows,
+                         problem, read_jsonl, read_metamath)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -158,18 +158,34 @@ def test_a_broken_row_does_not_pull_the_file_into_memory(tmp_path):
             pass
 
 
+def words_tokenizer():
+    made = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
 def test_metamath_rows(tmp_path):
-    rows, path = metamath(90), tmp_path / "MetaMathQA-395K.json"
+    """The rows that are too long are passed over before the first `count` are counted; the end token is one of a row's tokens."""
+    rows, path, tokenizer = metamath(90), tmp_path / "MetaMathQA-395K.json", words_tokenizer()
+    rows[3]["type"] = rows[7]["type"] = "GSM_SV"
+    rows[3]["query"], rows[7]["query"] = "one two three four five six", "one two three four five six seven"
     path.write_text(json.dumps(rows))
-    kept = [row for row in rows if "GSM" in row["type"]]
-    assert read_metamath(path, 20) == [(row["query"], row["response"].split("\nThe answer is")[0]) for row in kept[:20]]
-    assert len(read_metamath(path)) == len(kept) and extract_answer(read_metamath(path)[0][1]) == kept[0]["query"][8]
+    kept = [(row["query"], row["response"].split("\nThe answer is")[0]) for row in rows if "GSM" in row["type"]]
+    assert list(metamath_rows(path)) == kept
+    length = lambda question, answer: len(f"Q: {question}\nA: ".split()) + len(answer.split()) + 1
+    longest = length(*kept[[question for question, _ in kept].index(rows[3]["query"])])
+    short = [row for row in kept if length(*row) <= longest]
+    assert [rows[i]["query"] in [question for question, _ in short] for i in (3, 7)] == [True, False]
+    assert read_metamath(path, tokenizer, 5, 20, longest) == encode(tokenizer, short[:20], 5)
+    assert read_metamath(path, tokenizer, 5, 99, longest) == encode(tokenizer, short, 5)
+    with pytest.raises(ValueError, match="no row of at most 3 tokens whose type has GSM in it"):
+        read_metamath(path, tokenizer, 5, 99, 3)
     path.write_text(json.dumps([{"type": "GSM_SV", "query": "a"}]))
     with pytest.raises(ValueError, match="row 1: expected an object with the texts query and response"):
-        read_metamath(path)
-    path.write_text(json.dumps(rows[:0] + [{**rows[0], "type": "MATH"}]))
-    with pytest.raises(ValueError, match="no row whose type has GSM in it"):
-        read_metamath(path)
+        read_metamath(path, tokenizer, 5)
+    path.write_text(json.dumps([{**rows[0], "type": "MATH"}]))
+    with pytest.raises(ValueError, match="no row of at most 512 tokens whose type has GSM in it"):
+        read_metamath(path, tokenizer, 5)
 
 
 def test_downloads_of_gsm8k(tmp_path, monkeypatch):
@@ -358,7 +374,8 @@ def test_the_defaults_are_the_papers():
     _, args = train_gsm8k.parse_arguments(["--task", "metamath", "--model", "m"])
     assert (args.lr, args.batch_size, args.micro_batch, args.epochs, args.max_length, args.max_new_tokens) == (5e-4, 32, 4, 2, 1024, 512)
     assert (args.rank, args.alpha, args.aux_rank, args.rho, args.dropout, args.bf16) == (8, 16, 8, [0.01, 0.05], 0.0, True)
-    assert train_gsm8k.METAMATH_ROWS == 100_000 and args.aux_lr is None and args.eval_limit is None
+    assert args.ascent == "sgd" and args.seeds == [0, 1, 2]
+    assert (train_gsm8k.METAMATH_ROWS, train_gsm8k.METAMATH_TOKENS) == (100_000, 512) and args.aux_lr is None and args.eval_limit is None
 
 
 def test_a_model_has_to_be_named(capsys):
