@@ -1,22 +1,23 @@
-"""Make the demo again: two small pretrained models, and the data on which the scripts fine-tune them.
+"""Make the demo again: two small pretrained models, and the data to fine-tune them on.
 
-    python notes/make_demo.py                # everything: some minutes on one thread
-    python notes/make_demo.py --data-only    # the data files: seconds
+    python notes/make_demo.py                # everything: about six minutes on one idle core
+    python notes/make_demo.py --data-only    # the data files alone: seconds
 
 DIR/sentences: a BERT, and sentences of a generated language in CoLA's format, acceptable or not.
 DIR/problems: a Llama, and generated word problems in GSM8K's format.
 
-The data files are the same bytes on every machine.  The weights depend on its arithmetic.  Neither model has seen the task
-that it is fine-tuned on: the BERT reads acceptable sentences alone, the Llama solves other kinds of problems.
+The data files are the same bytes on every machine.  The weights depend on the machine's arithmetic.
+Neither model has seen its task: the BERT has read acceptable sentences only, and the Llama has
+solved other kinds of problems.
 """
 
 import argparse
 import json
-import math
 import os
 import random
 import re
 import sys
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -29,6 +30,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from model import (Transformer, load_tokenizer, module_names, read_config,  # noqa: E402
                    save_pretrained)
+from train_glue import cosine_schedule  # noqa: E402
 
 # ------------------------------------------------------------------------------- the language
 
@@ -48,9 +50,11 @@ ADJECTIVES = {
 PREPOSITIONS = "near behind beside beneath"
 ADVERBS = "never rarely sometimes quickly"
 VERBS = {  # frame: (what the subject is, what follows the verb, the verbs)
-    "transitive": ("animate", "any", "likes/like carries/carry finds/find touches/touch hides/hide"),
+    "transitive": ("animate", "any",
+                   "likes/like carries/carry finds/find touches/touch hides/hide"),
     "consuming": ("animate", "thing", "reads/read repairs/repair sells/sell paints/paint"),
-    "affecting": ("any", "animate", "frightens/frighten pleases/please hurts/hurt protects/protect"),
+    "affecting": ("any", "animate",
+                  "frightens/frighten pleases/please hurts/hurt protects/protect"),
     "living": ("animate", None, "sleeps/sleep laughs/laugh walks/walk waits/wait sings/sing"),
     "being": ("thing", None, "breaks/break shines/shine rots/rot leaks/leak cracks/crack"),
     "saying": ("animate", "clause", "thinks/think says/say hopes/hope claims/claim"),
@@ -173,8 +177,8 @@ def sentence(rng, acceptable=True):
 
 # A kind of problem is (ranges, question, solution).  ranges: where each number is drawn from,
 # "a=2-9".  {thing} stands for a word of WORDS, {a} for a number, (x|y) for a choice of wording,
-# [d=a*b] for a step of arithmetic.  The kinds in TRANSFER, which are fine-tuned on, combine steps as
-# none in PRETRAINING does, in the same words.
+# [d=a*b] for a step of arithmetic.  The kinds in TRANSFER are those to fine-tune on.  They use the
+# same words as PRETRAINING, and combine steps as none of its kinds does.
 WORDS = {
     "name": "Tom Anna Ben Lucy Sam Maria Jack Emma",
     "friend": "Peter Alice Simon Rosa Hugo Ellen",
@@ -189,8 +193,8 @@ PRETRAINING = [
      "{friend}. How many {thing} (are left|does {name} have left)?",
      "{name} gets [d=a*b] {thing}.\n{name} has [e=d-c] left."),
     ("a=2-9 b=2-9 c=2-9 d=2-9",  # a * b + c * d
-     "At the {place} {thing} cost ${b} each and {other} cost ${d} each. {name} buys {a} {thing} and "
-     "{c} {other}. How much does {name} (pay|spend) in total?",
+     "At the {place} {thing} cost ${b} each and {other} cost ${d} each. {name} buys {a} {thing} "
+     "and {c} {other}. How much does {name} (pay|spend) in total?",
      "The {thing} cost $[e=a*b].\nThe {other} cost $[f=c*d].\nIn total that is $[g=e+f]."),
     ("a=3-40 b=3-30 c=2-9",  # (a + b) / c
      "{name} has {a} {thing} and {friend} has {b}. They (put|pack) all {thing} into {c} {box}, the "
@@ -208,8 +212,8 @@ PRETRAINING = [
      "{d} workers share the others. How many {thing} does each (get|have)?",
      "There are [e=a*b] {thing}.\nOf these [f=e-c] are good.\nEach gets [g=f/d] {thing}."),
     ("a=4-40 b=2-30",  # a + a / 2 + b
-     "{name} (sold|made) {a} {thing} on Monday, half as many on Tuesday and {b} on Friday. How many "
-     "{thing} (is that in total|has {name} (sold|made))?",
+     "{name} (sold|made) {a} {thing} on Monday, half as many on Tuesday and {b} on Friday. How "
+     "many {thing} (is that in total|has {name} (sold|made))?",
      "On Tuesday that is [c=a/2].\nTogether that is [d=a+c].\nIn total that is [e=d+b] {thing}."),
     ("a=2-9 b=2-9 c=2-9 d=2-9 e=2-30",  # a * b + c * d - e
      "{name} works {a} hours on Monday for ${b} (an|per) hour and {c} hours on Friday for ${d} "
@@ -224,8 +228,8 @@ TRANSFER = [
      "left)?",
      "There are [e=a*b] {thing}.\nEach gets [f=e/c].\nEach has [g=f-d] {thing} left."),
     ("a=5-30 b=2-25 c=2-9 d=2-30",  # (a - b) * c + d
-     "{name} has {a} {thing} and {b} are (broken|bad). {name} sold the others for ${c} each (at the "
-     "{place}|today). {friend} gives {name} ${d} more. How much money does {name} (get|have)?",
+     "{name} has {a} {thing} and {b} are (broken|bad). {name} sold the others for ${c} each (at "
+     "the {place}|today). {friend} gives {name} ${d} more. How much money does {name} (get|have)?",
      "Of these [e=a-b] are good.\nThe {thing} cost $[f=e*c].\nIn total {name} has $[g=f+d]."),
     ("a=2-9 b=2-9 c=2-9 d=2-9",  # (a * b - c * d) / 2
      "{name} works {a} hours for ${b} per hour and {friend} works {c} hours for ${d} per hour. "
@@ -234,10 +238,12 @@ TRANSFER = [
      "{name} gets $[e=a*b].\n{friend} gets $[f=c*d].\n{name} has $[g=e-f] more.\n"
      "{name} spends $[h=g/2]."),
     ("a=20-100 b=2-9 c=2-9 d=2-9",  # (a - b * c) / d
-     "{name} has ${a}. {name} buys {b} {thing} for ${c} each and spends all that is left on {other} "
-     "(for|that cost) ${d} each. How many {other} does {name} (get|have)?",
+     "{name} has ${a}. {name} buys {b} {thing} for ${c} each and spends all that is left on "
+     "{other} (for|that cost) ${d} each. How many {other} does {name} (get|have)?",
      "The {thing} cost $[e=b*c].\n{name} has $[f=a-e] left.\n{name} gets [g=f/d] {other}."),
 ]
+FACTS = ("a=2-100 b=2-60 c=2-100 d=2-60 e=2-30 f=2-12 g=2-250 h=2-12",  # arithmetic alone
+         "{a}+{b}, {c}-{d}, {e}*{f}, {g}/{h}", "[i=a+b]\n[j=c-d]\n[k=e*f]\n[l=g/h]")
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 CHOICE, STEP = re.compile(r"\(([^()]*)\)"), re.compile(r"\[(\w)=(\w)(.)(\w)\]")
 LARGEST = 250
@@ -286,23 +292,6 @@ def problem(rng, templates):
     answer = STEP.sub(worked_out, solution)
     last = numbers[STEP.findall(solution)[-1][0]]
     return question.format(**words, **numbers), f"{answer}\n#### {last}".format(**words)
-
-
-def fact_sheet(rng, count=3):
-    """(question, answer) without words: ("7*8, 9/3", "7*8=<<7*8=56>>56\\n9/3=<<9/3=3>>3")."""
-    facts = []
-    while len(facts) < count:
-        operator = rng.choice("+-*/")
-        if operator in "+-":
-            a, b = rng.randint(2, 100), rng.randint(2, 60)
-        else:
-            a, b = rng.randint(2, 30), rng.randint(2, 12)
-        a = a * b if operator == "/" else a
-        result = calculate(a, operator, b)
-        if result is not None and a <= LARGEST:
-            facts.append((a, operator, b, result))
-    question = ", ".join(f"{a}{operator}{b}" for a, operator, b, _ in facts)
-    return question, "\n".join(calculation(*fact) for fact in facts)
 
 
 # ------------------------------------------------------------------------------- tokenizers
@@ -389,7 +378,7 @@ def write_text(path, text):
 
 BERT = {
     "architectures": ["BertModel"], "model_type": "bert", "dtype": "bfloat16",
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
     "hidden_act": "gelu", "layer_norm_eps": 1e-12, "max_position_embeddings": 256,
     "type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "pad_token_id": 0,
@@ -401,9 +390,9 @@ LLAMA = {
     "max_position_embeddings": 1024, "tie_word_embeddings": True, "pad_token_id": 0,
     "bos_token_id": None, "eos_token_id": EOS,
 }
-PROMPT = "Q: {}\nA: "  # what train_gsm8k.py puts around a question
-FACTS = 0.25           # of the rows of pretraining are sheets of facts
-CHOSEN, HIDDEN, REPLACED = 0.4, 0.4, 0.4  # of the words; of the chosen ones; the others are kept
+PROMPT = "Q: {}\nA: "  # train_gsm8k.py's
+CHOSEN, HIDDEN, REPLACED = 0.4, 0.4, 0.4  # of all words; of the chosen; of the chosen
+STEPS = {"sentences": 2000, "problems": 1800}
 
 
 def sentence_loss(model, tokenizer, texts):
@@ -443,10 +432,6 @@ def problem_loss(model, tokenizer, rows):
     return F.cross_entropy(logits.float(), labels[kept])
 
 
-def fact_or_problem(rng):
-    return fact_sheet(rng) if rng.random() < FACTS else problem(rng, PRETRAINING)
-
-
 def batches(draw, size, rng):
     """Without end, lists of `size` rows of similar length: sorted within 16 batches."""
     while True:
@@ -456,44 +441,40 @@ def batches(draw, size, rng):
         yield from parts
 
 
-def optimizers_of(model, muon_lr, lr):
+def optimizers_of(model):
     """Muon for the blocks' matrices, AdamW for everything else."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         (matrices if ".blocks." in name and p.dim() == 2 else others).append(p)
-    return [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.1, ns_steps=4,
+    return [torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, ns_steps=4,
                              adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
+            torch.optim.AdamW(others, lr=5e-3, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
 
 
-def pretrain(folder, raw, tokenizer, loss_of, draw, steps, size, muon_lr, lr):
-    """Train a model from nothing and write its checkpoint."""
+def pretrain(folder, raw, tokenizer, loss_of, draw, size, steps):
+    """Train a model from nothing on batches of `size` drawn rows, and write its checkpoint."""
     raw = {**raw, "vocab_size": tokenizer.get_vocab_size()}
     write_text(os.path.join(folder, "tokenizer.json"), tokenizer.to_str(pretty=True) + "\n")
-    write_text(os.path.join(folder, "config.json"), json.dumps(raw, indent=2) + "\n")
+    write_text(os.path.join(folder, "config.json"), json.dumps(raw, indent=2))
     tokenizer = load_tokenizer(folder)  # which pads
     config, family = read_config(folder)
     torch.manual_seed(0)
     model = Transformer(config).train()
     model.module_names = {ours: theirs for theirs, ours in module_names(config, family).items()}
     for module in model.modules():
-        if isinstance(module, nn.Linear):  # larger than usual: there are few steps
+        if isinstance(module, nn.Linear):  # larger than usual, because there are few steps
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    optimizers = optimizers_of(model, muon_lr, lr)
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    stream, bar = batches(draw, size, random.Random(0)), tqdm(range(steps), desc=folder, mininterval=5)
-    for step in bar:
-        warm, rest = min(1.0, (step + 1) / (0.05 * steps)), step / steps
-        factor = warm * 0.5 * (1 + math.cos(math.pi * rest))
-        for optimizer, rate in zip(optimizers, rates):
-            for group, largest in zip(optimizer.param_groups, rate):
-                group["lr"] = largest * factor
+    optimizers = optimizers_of(model)
+    schedules = [cosine_schedule(optimizer, steps, warmup=0.05) for optimizer in optimizers]
+    stream = batches(draw, size, random.Random(0))
+    bar = tqdm(range(steps), desc=f"pretraining {os.path.basename(folder)}", mininterval=1)
+    for _ in bar:
         loss = loss_of(model, tokenizer, next(stream))
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        for part in (*optimizers, *schedules):
+            part.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     save_pretrained(model, folder, folder)
 
@@ -502,20 +483,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="make_demo.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=os.path.join(HERE, "demo"), help="default: notes/demo")
-    parser.add_argument("--part", choices=("sentences", "problems"), nargs="+",
-                        default=["sentences", "problems"], help="the models to pretrain (default: both)")
     parser.add_argument("--data-only", action="store_true", help="leave the models as they are")
-    parser.add_argument("--steps", type=int, help="of each pretraining (default: 2000 and 1800)")
+    parser.add_argument("--steps", type=int, help=f"of each pretraining (default: {STEPS})")
     args = parser.parse_args(argv)
+    steps = STEPS if args.steps is None else dict.fromkeys(STEPS, args.steps)
     write_data(args.out)
-    if args.data_only:
-        return
-    if "sentences" in args.part:
+    if not args.data_only:
         pretrain(os.path.join(args.out, "sentences"), BERT, sentence_tokenizer(), sentence_loss,
-                 sentence, args.steps or 2000, size=128, muon_lr=1e-2, lr=5e-3)
-    if "problems" in args.part:
+                 sentence, 128, steps["sentences"])
+        kinds = PRETRAINING + 3 * [FACTS]
         pretrain(os.path.join(args.out, "problems"), LLAMA, problem_tokenizer(), problem_loss,
-                 fact_or_problem, args.steps or 1800, size=16, muon_lr=1e-2, lr=5e-3)
+                 partial(problem, templates=kinds), 16, steps["problems"])
 
 
 if __name__ == "__main__":
