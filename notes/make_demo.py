@@ -1,6 +1,6 @@
 """Make the demo again: two small pretrained models, and the data to fine-tune them on.
 
-    python notes/make_demo.py                # everything: about six minutes on one idle core
+    python notes/make_demo.py                # everything: about seven minutes on one idle core
     python notes/make_demo.py --data-only    # the data files alone: seconds
 
 DIR/sentences: a BERT, and sentences of a generated language in CoLA's format, acceptable or not.
@@ -13,6 +13,7 @@ solved other kinds of problems.
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -24,13 +25,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from model import (Transformer, load_tokenizer, module_names, read_config,  # noqa: E402
                    save_pretrained)
-from train_glue import cosine_schedule  # noqa: E402
 
 # ------------------------------------------------------------------------------- the language
 
@@ -242,11 +243,10 @@ TRANSFER = [
      "{other} (for|that cost) ${d} each. How many {other} does {name} (get|have)?",
      "The {thing} cost $[e=b*c].\n{name} has $[f=a-e] left.\n{name} gets [g=f/d] {other}."),
 ]
-FACTS = ("a=2-100 b=2-60 c=2-100 d=2-60 e=2-30 f=2-12 g=2-250 h=2-12",  # arithmetic alone
-         "{a}+{b}, {c}-{d}, {e}*{f}, {g}/{h}", "[i=a+b]\n[j=c-d]\n[k=e*f]\n[l=g/h]")
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 CHOICE, STEP = re.compile(r"\(([^()]*)\)"), re.compile(r"\[(\w)=(\w)(.)(\w)\]")
-LARGEST = 250
+LARGEST = 250  # number in a problem
+FACTS = 0.25   # of the rows of pretraining are sheets of facts, without words
 
 
 def calculate(a, operator, b):
@@ -292,6 +292,27 @@ def problem(rng, templates):
     answer = STEP.sub(worked_out, solution)
     last = numbers[STEP.findall(solution)[-1][0]]
     return question.format(**words, **numbers), f"{answer}\n#### {last}".format(**words)
+
+
+def fact_sheet(rng, count=3):
+    """(question, answer) of arithmetic alone: ("7*8, 9/3", "7*8=<<7*8=56>>56\\n9/3=<<9/3=3>>3")."""
+    facts = []
+    while len(facts) < count:
+        operator = rng.choice("+-*/")
+        if operator in "+-":
+            a, b = rng.randint(2, 100), rng.randint(2, 60)
+        else:
+            a, b = rng.randint(2, 30), rng.randint(2, 12)
+        a = a * b if operator == "/" else a
+        result = calculate(a, operator, b)
+        if result is not None and a <= LARGEST:
+            facts.append((a, operator, b, result))
+    question = ", ".join(f"{a}{operator}{b}" for a, operator, b, _ in facts)
+    return question, "\n".join(calculation(*fact) for fact in facts)
+
+
+def fact_sheet_or_problem(rng):
+    return fact_sheet(rng) if rng.random() < FACTS else problem(rng, PRETRAINING)
 
 
 # ------------------------------------------------------------------------------- tokenizers
@@ -451,6 +472,12 @@ def optimizers_of(model):
             torch.optim.AdamW(others, lr=5e-3, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
 
 
+def rate(step, steps):
+    """The learning rate's factor: linear warm-up times half a cosine."""
+    warm = min(1.0, (step + 1) / (0.05 * max(1, steps)))
+    return warm * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+
+
 def pretrain(folder, raw, tokenizer, loss_of, draw, size, steps):
     """Train a model from nothing on batches of `size` drawn rows, and write its checkpoint."""
     raw = {**raw, "vocab_size": tokenizer.get_vocab_size()}
@@ -465,7 +492,7 @@ def pretrain(folder, raw, tokenizer, loss_of, draw, size, steps):
         if isinstance(module, nn.Linear):  # larger than usual, because there are few steps
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
     optimizers = optimizers_of(model)
-    schedules = [cosine_schedule(optimizer, steps, warmup=0.05) for optimizer in optimizers]
+    schedules = [LambdaLR(optimizer, partial(rate, steps=steps)) for optimizer in optimizers]
     stream = batches(draw, size, random.Random(0))
     bar = tqdm(range(steps), desc=f"pretraining {os.path.basename(folder)}", mininterval=1)
     for _ in bar:
@@ -491,9 +518,8 @@ def main(argv=None):
     if not args.data_only:
         pretrain(os.path.join(args.out, "sentences"), BERT, sentence_tokenizer(), sentence_loss,
                  sentence, 128, steps["sentences"])
-        kinds = PRETRAINING + 3 * [FACTS]
         pretrain(os.path.join(args.out, "problems"), LLAMA, problem_tokenizer(), problem_loss,
-                 partial(problem, templates=kinds), 16, steps["problems"])
+                 fact_sheet_or_problem, 16, steps["problems"])
 
 
 if __name__ == "__main__":

@@ -277,14 +277,15 @@ def test_the_kinds_to_learn_are_not_among_those_of_the_base():
 
 
 def test_facts_are_true():
-    question, answer = problem(random.Random(0), [make_demo.FACTS])
-    facts = re.findall(r"(\d+)([-+*/])(\d+)=<<(\S+)=(\d+)>>(\d+)\n", answer)
-    assert question == ", ".join(a + operator + b for a, operator, b, *_ in facts)
-    assert len(facts) == 4
-    for a, operator, b, inside, result, again in facts:
-        assert inside == a + operator + b and result == again
-        assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b),
-                "/": int(a) / int(b)}[operator] == int(result)
+    for seed in range(200):
+        question, answer = make_demo.fact_sheet(random.Random(seed))
+        facts = re.findall(r"^(\d+)([-+*/])(\d+)=<<(\S+)=(\d+)>>(\d+)$", answer, re.MULTILINE)
+        assert len(facts) == 3
+        assert question == ", ".join(a + operator + b for a, operator, b, *_ in facts)
+        for left, operator, right, inside, result, again in facts:
+            a, b = int(left), int(right)
+            exact = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[operator]
+            assert inside == left + operator + right and result == again and exact == int(result)
 
 
 # ------------------------------------------------------------------------------- the models
@@ -358,7 +359,7 @@ def test_the_committed_llama_solves_its_own_kinds_and_not_the_tasks():
         return sum(text.rpartition("#### ")[2] == answer.rpartition("#### ")[2]
                    for text, (_, answer) in zip(texts, rows))
 
-    assert right(PRETRAINING) >= 15
+    assert right(PRETRAINING) >= 20
     assert right(TRANSFER) <= 4
 
 
