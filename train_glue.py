@@ -337,8 +337,8 @@ RTE = {**LONG, "rho": [0.05, 0.1], "seeds": [0, 1, 2, 3, 4]}
 YES_NO, ENTAILED = ("0", "1"), ("entailment", "not_entailment")
 TASKS = {  # SHORT, LONG and RTE are the paper's settings; those of demo, qqp and stsb are ours
     "demo": Task("", (3,), 1, YES_NO, ("accuracy",), {
-        **LONG, "lr": 2e-3, "rho": [0.2, 0.05], "limit": 2000, "label_noise": 0.3, "model": DEMO,
-        "data": DEMO, "jobs": os.cpu_count()}),
+        **LONG, "lr": 2e-3, "batch_size": 64, "rho": [0.2, 0.5], "aux_lr": 2.0, "limit": 2000,
+        "label_noise": 0.3, "model": DEMO, "data": DEMO, "jobs": os.cpu_count()}),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", YES_NO, ("accuracy", "f1"), LONG),
     "cola": Task("CoLA", (3,), 1, YES_NO, ("matthews", "accuracy"), LONG),
     "sst2": Task("SST-2", ("sentence",), "label", YES_NO, ("accuracy",), SHORT),
