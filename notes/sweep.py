@@ -1,95 +1,158 @@
-"""Runs of either script over a grid of one or two options, and a heat map of their scores for each method.
+"""Runs of either script over a grid of one or two options, and a heat map of the scores for each
+method.
 
-    python notes/sweep.py train_glue.py --x rho 0.01 0.05 0.2 --y aux-rank 2 4 8 -- --method bi-lora --seeds 100 101
-    python notes/sweep.py train_glue.py --x aux-lr 2e-5 2e-4 2e-3 --out runs/sweep -- --method bi-lora
+    python notes/sweep.py train_glue.py --x rho 0.01 0.05 --y aux-rank 2 4 8 -- --seeds 100 101
+    python notes/sweep.py train_glue.py --x aux-lr 2e-4 2e-3 --out runs/sweep -- --method bi-lora
 
-After -- come the script's own options, which all cells share; data and pretrained base are loaded once.  The same command
-takes finished runs (OUT/rho-0.05_aux-rank-8/bi-lora-seed100) as they are: it goes on where it was interrupted, and values and
-seeds can be added.  OUT gets sweep.json and sweep-METHOD.png.  The score is the task's first metric after the last epoch;
-"diverged", in the JSON file null, stands where the loss of a run was infinite or NaN, which the same command tries again.
+After -- come the script's own options, which all cells share.  The same command takes finished runs
+(OUT/rho-0.05_aux-rank-8/METHOD-seed100) as they are: it goes on where it was interrupted, and
+values and seeds can be added.  OUT gets sweep.json and sweep-METHOD.png.  The score is the task's
+first metric after the last epoch.  "diverged", in the JSON file null, stands where the loss of a
+run was infinite or NaN; the same command tries it again.
 
-Choose on other seeds than those you report: the set that a setting was chosen on is no test set, and the best of many
-cells scores too high on it.  rank also changes the scale s = alpha / rank, and lr is aux-lr too where that is not given.
+Choose on other seeds than those you report: the set that a setting was chosen on is no test set,
+and the best of many cells scores too high on it.  rank also changes the scale s = alpha / rank, and
+lr is aux-lr too where that is not given.
 """
 
 import argparse
-import copy
 import itertools
 import json
+import math
 import os
 import sys
-from collections import namedtuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import train_glue  # noqa: E402
-import train_gsm8k  # noqa: E402
-from train_glue import finished_run, mean_stderr, run_config, write_text  # noqa: E402
+import methods
+from train_glue import Parser, begin, mean_stderr, run_all, write_text
 
-SCRIPTS = {"train_glue.py": train_glue, "train_gsm8k.py": train_gsm8k}
-SHARED = ("task", "data", "model", "revision", "limit", "label-noise", "pretraining-steps", "max-length", "max-new-tokens",
-          "eval-limit", "bf16", "device", "method", "seeds", "out", "resume")
-Cell = namedtuple("Cell", "name values args")  # its folder's name, [x] or [x, y], the script's arguments
+SHARED = ("task", "data", "model", "revision", "prompts", "limit", "label-noise", "max-length",
+          "max-new-tokens", "eval-limit", "bf16", "device", "method", "seeds", "jobs", "snapshots",
+          "out", "resume", "overwrite")
+
+
+class Cell(NamedTuple):
+    values: list  # [x] or [x, y]
+    args: object  # the script's, with the cell's folder as their out
 
 
 def grid(script, axes, out, rest, parser):
-    """[Cell], row by row.  Each is parsed by the script, which ends the program at a wrong name or value."""
+    """[Cell], row by row.  The script parses each; it ends the program at a wrong name or value."""
     cells = {}
     for texts in itertools.product(*reversed(axes.values())):
         words = [f"--{name}={text}" for name, text in zip(axes, reversed(texts))]
-        _, args = script.parse_arguments([*rest, *words, f"--resume={out}"])  # train() goes on from a saved state, if any
+        args, _ = methods.parse(script, [*rest, *words, "--resume"])
         keys = [name.replace("-", "_") for name in axes]
         if not vars(args).keys() >= {*keys}:  # the script takes --ran for --rank
             parser.error(f"{' '.join(axes)}: expected each option's name in full")
-        values = [value[0] if isinstance(value := getattr(args, key), list) else value for key in keys]
+        values = [getattr(args, key) for key in keys]
+        values = [value[0] if isinstance(value, list) else value for value in values]
         name = "_".join(f"{name}-{value}" for name, value in zip(axes, values))
-        cells[name] = Cell(name, values, args)  # 0.05 and 5e-2 are one cell
+        args.out = os.path.join(out, name)
+        cells[name] = Cell(values, args)  # 0.05 and 5e-2 are one cell
     return list(cells.values())
 
 
-def built_once(build):
-    """`build`, once a seed, and copies from then on.  It draws a head: the random state after it is put back too."""
-    kept = {}
-
-    def copied():
-        seed = torch.initial_seed()  # train_glue.prepare has just set it
-        if seed not in kept:
-            kept[seed] = build(), torch.get_rng_state()
-        torch.set_rng_state(kept[seed][1])
-        return copy.deepcopy(kept[seed][0])
-    return copied
+def require_ranks(script, cells, data):
+    """ValueError, before anything is trained, for a rank that the model's layers do not have."""
+    args = argparse.Namespace(**{**vars(cells[0].args), "resume": False})
+    for key in ("rank", "aux_rank"):
+        setattr(args, key, max(getattr(cell.args, key) for cell in cells))
+    method = max(args.method, key=lambda name: methods.METHODS[name].auxiliary)
+    script.prepare(args, method, 0, methods.builder(script, args, data), "", 1)
 
 
-def summarize(cells, methods, seeds, scores):
-    """[{x, y, method, scores, mean, stderr, n}] where no seed is missing in scores, {(cell, method, seed): score or None}."""
-    result = []
-    for cell, method in itertools.product(cells, methods):
-        found = {str(seed): scores[cell.name, method, seed] for seed in seeds if (cell.name, method, seed) in scores}
-        if len(found) == len(seeds):
-            finite = [score for score in found.values() if score is not None]
-            summary = mean_stderr(finite) if len(finite) == len(seeds) else {"mean": None, "stderr": None, "n": len(finite)}
-            result.append({**dict(zip("xy", [*cell.values, None])), "method": method, "scores": found, **summary})
-    return result
+def attempt(train, settings, args, method, seed, data, folder, progress):
+    """The run of one folder, or None where it diverges.  settings: {folder: the script's args}."""
+    try:
+        return train(settings[folder], method, seed, data, folder, progress)
+    except FloatingPointError as error:
+        tqdm.write(f"{folder}: {error}")
+
+
+def folder_of(cell, method, seed):
+    return os.path.join(cell.args.out, f"{method}-seed{seed}")
+
+
+def report_of(script, axes, cells, results):
+    """What is in sweep.json.  results: {folder: what the script says of the run, or None}.  Cells
+    whose seeds are not all there yet are left out."""
+    args = cells[0].args
+    finished = [result["metrics"] for result in results.values() if result]
+    metric = next(iter(finished[0])) if finished else "score"
+    others = {*(name.replace("-", "_") for name in axes), "out", "resume", "overwrite", "defaults"}
+    config = {key: value for key, value in vars(args).items() if key not in others}
+    columns = [list(dict.fromkeys(values)) for values in zip(*(cell.values for cell in cells))]
+    both = [{"name": name, "values": column} for name, column in zip(axes, columns)]
+    report = {"x": both[0], "y": both[1] if len(both) > 1 else None, "metric": metric,
+              "config": {"script": script.__name__, **config}, "cells": []}
+    for cell, method in itertools.product(cells, args.method):
+        runs = {seed: folder_of(cell, method, seed) for seed in args.seeds}
+        if not results.keys() >= set(runs.values()):
+            continue
+        scores = {str(seed): results[folder] and results[folder]["metrics"][metric]
+                  for seed, folder in runs.items()}
+        finite = [score for score in scores.values() if score is not None]
+        summary = {"mean": None, "stderr": None, "n": len(finite)}
+        if len(finite) == len(scores):
+            summary = mean_stderr(finite)
+        x, y = [*cell.values, None][:2]
+        report["cells"].append({"x": x, "y": y, "method": method, "scores": scores, **summary})
+    return report
+
+
+def run(script, axes, out, cells):
+    """Train what is not finished yet.  Returns the report, which is written after each run."""
+    args, settings, results, todo, steps = cells[0].args, {}, {}, {}, 0
+    data = script.load(args)
+    require_ranks(script, cells, data)
+    rows = min(len(data.rows), args.limit)
+    for number, cell in enumerate(cells):
+        own = {(seed, method): folder_of(cell, method, seed)
+               for method in args.method for seed in args.seeds}
+        done = begin(cell.args, data.files, own)
+        results |= {own[key]: result for key, result in done.items()}
+        left = {(*key, number): folder for key, folder in own.items() if key not in done}
+        todo |= left
+        settings |= dict.fromkeys(left.values(), cell.args)
+        steps += len(left) * cell.args.epochs * math.ceil(rows / cell.args.batch_size)
+    train = partial(attempt, script.train, settings)
+    with tqdm(total=steps, desc="all cells", unit="step", disable=None) as bar:
+        for key, result in run_all(args, script.load, train, data, todo, bar.update):
+            results[todo[key]] = result
+            report = report_of(script, axes, cells, results)
+            write_text(os.path.join(out, "sweep.json"), json.dumps(report, indent=2))
+    report = report_of(script, axes, cells, results)
+    write_text(os.path.join(out, "sweep.json"), json.dumps(report, indent=2))
+    return report
+
+
+# ----------------------------------------------------------------------------- picture and table
 
 
 def rows_of(report, method):
-    entries, columns = [entry for entry in report["cells"] if entry["method"] == method], len(report["x"]["values"])
+    entries = [entry for entry in report["cells"] if entry["method"] == method]
+    columns = len(report["x"]["values"])
     return [entries[i:i + columns] for i in range(0, len(entries), columns)]
 
 
 def text_of(entry, between=" "):
+    if entry["mean"] is None:
+        return "diverged"
     error = "" if entry["stderr"] is None else f"{between}± {entry['stderr']:.4f}"
-    return "diverged" if entry["mean"] is None else f"{entry['mean']:.4f}{error}"
+    return f"{entry['mean']:.4f}{error}"
 
 
 def draw(report, method, path):
     rows, x, y = rows_of(report, method), report["x"], report["y"] or {"name": "", "values": [""]}
     means = np.array([[entry["mean"] for entry in row] for row in rows], dtype=float)  # None: NaN
-    figure = Figure(figsize=(2.4 + 1.2 * len(x["values"]), 1.3 + 0.8 * len(rows)), layout="constrained")
+    size = 2.4 + 1.2 * len(x["values"]), 1.3 + 0.8 * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(means, aspect="auto")
     figure.colorbar(picture, label=report["metric"])
@@ -103,62 +166,54 @@ def draw(report, method, path):
 
 
 def print_table(report, method):
-    x, y = report["x"], report["y"] or {"values": [report["metric"]]}
-    corner = f"{y['name']} \\ {x['name']}" if "name" in y else x["name"]
-    print(f"\n{method}, {report['metric']}: mean ± standard error over {len(report['config']['seeds'])} seeds\n")
-    print(f"| {corner} | " + " | ".join(map(str, x["values"])) + " |\n" + "|---" * (len(x["values"]) + 1) + "|")
+    x, y, corner = report["x"], report["y"], report["x"]["name"]
+    if y is None:
+        y = {"values": [report["metric"]]}
+    else:
+        corner = f"{y['name']} \\ {corner}"
+    seeds = ", ".join(map(str, report["config"]["seeds"]))
+    print(f"\n{method}, {report['metric']}: mean ± standard error; seeds {seeds}\n")
+    print(f"| {corner} | " + " | ".join(map(str, x["values"])) + " |")
+    print("|---" * (len(x["values"]) + 1) + "|")
     for value, row in zip(y["values"], rows_of(report, method)):
         print(f"| {value} | " + " | ".join(map(text_of, row)) + " |")
+
+
+# ------------------------------------------------------------------------------------- arguments
 
 
 def parse_arguments(argv):
     """(parser, script, {option: values}, out, the script's own options)."""
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = train_glue.Parser(prog="sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", choices=SCRIPTS, help="whose runs these are")
-    for flag, text in (("--x", "an option of the script, without dashes, and its values"), ("--y", "another (default: one row)")):
-        parser.add_argument(flag, nargs="+", required=flag == "--x", metavar=("NAME", "VALUE"), help=text)
-    parser.add_argument("--out", help="folder for runs and results (default: runs/sweep-NAME-NAME)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", choices=methods.SCRIPTS, help="whose runs these are")
+    parser.add_argument("--x", nargs="+", required=True, metavar=("NAME", "VALUE"),
+                        help="an option of the script, without dashes, and its values")
+    parser.add_argument("--y", nargs="+", metavar=("NAME", "VALUE"),
+                        help="another one (default: one row)")
+    parser.add_argument("--out", help="folder of the results (default: runs/sweep-NAME-NAME)")
     options, rest = parser.parse_args(argv[:split]), argv[split + 1:]
     axes = {name: values for name, *values in (options.x, options.y or options.x)}
     for name, values in axes.items():
         if name in SHARED:
-            parser.error(f"{name} is the same for all cells; it goes after --, and --out before it")
+            parser.error(f"{name} is the same for all cells; it goes after --, --out before it")
         if not values or options.y and len(axes) == 1:
-            parser.error(f"{name}: expected the name of an option and its values, and for --x and --y different ones")
-    if given := [word for word in rest if word.startswith("--") and word[2:].split("=")[0] in ("out", "resume")]:
-        parser.error(f"{given[0]}: expected before --, as --out; finished runs are taken anyway")
-    return parser, SCRIPTS[options.script], axes, options.out or os.path.join("runs", "-".join(["sweep", *axes])), rest
+            parser.error(f"{name}: expected the name of an option and its values, and for --x and "
+                         "--y different ones")
+    for word in rest:
+        name = word.split("=")[0]
+        if name.startswith("--") and ("--out".startswith(name) or "--resume".startswith(name)):
+            parser.error(f"{word}: expected before --, as --out; finished runs are taken anyway")
+    out = options.out or os.path.join("runs", "-".join(["sweep", *axes]))
+    return parser, methods.SCRIPTS[options.script], axes, out, rest
 
 
 def main(argv=None):
     parser, script, axes, out, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
     cells = grid(script, axes, out, rest, parser)
-    shared = {key: value for key, value in vars(cells[0].args).items() if key.replace("_", "-") not in (*axes, "out", "resume")}
-    runs = {(cell.name, *run): cell.args for cell, *run in itertools.product(cells, shared["method"], shared["seeds"])}
-    folders = {key: os.path.join(out, key[0], f"{key[1]}-seed{key[2]}") for key in runs}
     try:
-        largest = {key: max(getattr(args, key) for args in runs.values()) for key in ("rank", "aux_rank")}  # load() checks them
-        experiment = script.load(argparse.Namespace(**{**vars(cells[0].args), **largest}))
-        experiment.build, metric = built_once(experiment.build), experiment.metrics[0]
-        configs = {key: run_config(args, *key[1:], experiment) for key, args in runs.items()}
-        scores = {key: run["metrics"][metric] for key in runs if (run := finished_run(configs[key], folders[key]))}
-        values = [list(dict.fromkeys(column)) for column in zip(*(cell.values for cell in cells))]
-        x, y = [*({"name": name, "values": column} for name, column in zip(axes, values)), None][:2]
-        report = {"x": x, "y": y, "metric": metric, "config": {"script": script.__name__, **shared}}
-        for key in (bar := tqdm(runs, disable=None)):
-            bar.set_description("{}, {}, seed {}".format(*key))
-            if key not in scores:
-                os.makedirs(folders[key], exist_ok=True)
-                write_text(os.path.join(folders[key], "config.json"), json.dumps(configs[key], indent=2))
-                try:
-                    scores[key] = train_glue.train(runs[key], *key[1:], experiment, folders[key])["metrics"][metric]
-                except FloatingPointError as error:
-                    scores[key] = None
-                    tqdm.write("{}, {}, seed {}: {}".format(*key, error))
-            report["cells"] = summarize(cells, shared["method"], shared["seeds"], scores)
-            write_text(os.path.join(out, "sweep.json"), json.dumps(report, indent=2))
-        for method in shared["method"]:
+        report = run(script, axes, out, cells)
+        for method in report["config"]["method"]:
             draw(report, method, os.path.join(out, f"sweep-{method}.png"))
             print_table(report, method)
     except (ValueError, OSError) as error:
