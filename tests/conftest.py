@@ -1,8 +1,10 @@
-"""What all tests share: one thread, for on models this small two wait for each other, and no pictures where none is looked at."""
+"""What all tests share: one thread, because two wait for each other on models this small, and no
+pictures where nobody looks at them."""
 
 import os
+import shutil
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for child processes
 
 import pytest  # noqa: E402
 
@@ -11,6 +13,17 @@ import train_glue  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def empty_pictures(request, monkeypatch):
-    """A quarter of the suite's time would go into drawing curves.  A test marked with `pictures` has the real ones."""
+    """A quarter of the suite's time would go into drawing curves.  A test marked with `pictures`
+    has the real ones."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr(train_glue, "draw_curves", lambda results, metric, path: open(path, "w").close())
+        monkeypatch.setattr(train_glue, "draw_curves", lambda results, path: open(path, "w").close())
+
+
+@pytest.fixture(scope="session")
+def few_sentences(tmp_path_factory):
+    """The folder of the demo's data, with 60 of its evaluation sentences."""
+    folder = tmp_path_factory.mktemp("sentences")
+    shutil.copy(os.path.join(train_glue.DEMO, "train.tsv"), folder)
+    with open(os.path.join(train_glue.DEMO, "dev.tsv"), encoding="utf-8") as file:
+        (folder / "dev.tsv").write_text("".join(file.readlines()[:60]), encoding="utf-8")
+    return str(folder)

@@ -1,7 +1,7 @@
 """notes/sweep.py: the grid's runs are those of the scripts, and the same command goes on where it was interrupted.
 
-Oracles: train_glue.main and train_gsm8k.main with the same options, bit for bit, which build each base anew; a sweep that
-was not interrupted; Python's statistics.  Runs are made in-process on a random base, and scored on few sentences.
+Oracles: train_glue.main and train_gsm8k.main with the same options, bit for bit, which read each base anew; a sweep that
+was not interrupted; Python's statistics.  Runs are made in-process on the demo, and scored on few sentences.
 """
 
 import json
@@ -11,7 +11,6 @@ import statistics
 import sys
 
 import pytest
-import torch
 
 import train_glue
 import train_gsm8k
@@ -19,15 +18,15 @@ import train_gsm8k
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import sweep  # noqa: E402
 
-RUN = ["--pretraining-steps", "0", "--limit", "16", "--epochs", "1", "--batch-size", "8", "--lr", "0.02", "--rank", "2",
-       "--device", "cpu"]
+RUN = ["--limit", "16", "--epochs", "1", "--batch-size", "8", "--lr", "0.02", "--rank", "2",
+       "--device", "cpu", "--jobs", "1"]
 GRID = ["train_glue.py", "--x", "rho", "0.5", "2", "--y", "aux-rank", "2", "3", "--out", "out"]
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, few_sentences):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_glue, "EMBEDDED_TEST", 40)
+    monkeypatch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
     return tmp_path
 
 
@@ -36,13 +35,10 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(sweep, "draw", lambda report, method, path: None)
 
 
-def tensors(path):
-    return torch.load(path / "adapter_model.bin", weights_only=True)
-
-
 def same(a, b):
-    a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    """Are the adapters of two run folders the same, bit for bit?"""
+    (name,) = (path.name for path in a.glob("adapter_model.*"))
+    return (a / name).read_bytes() == (b / name).read_bytes()
 
 
 def refused(argv, capsys):
@@ -103,11 +99,11 @@ def test_a_sweep_goes_on_where_it_was_interrupted(folder, undrawn, monkeypatch):
     run, train, calls = ["--", *RUN, "--method", "bi-lora", "--seeds", "1", "2"], train_glue.train, []
     whole = sweep.main([*GRID, *run])
 
-    def interrupted(args, method, seed, experiment, place):
+    def interrupted(args, method, seed, data, place, progress):
         calls.append(place)
         if len(calls) == 4:  # the second cell's second seed
             raise KeyboardInterrupt
-        return train(args, method, seed, experiment, place)
+        return train(args, method, seed, data, place, progress)
 
     again = [*GRID[:-1], "again", *run]
     monkeypatch.setattr(train_glue, "train", interrupted)
@@ -131,7 +127,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(folder, undrawn, monkeypatch):
 
 
 def test_a_saved_state_is_gone_on_from(folder, undrawn, monkeypatch):
-    argv, step, calls = ["train_glue.py", "--x", "rho", "0.5", "--out"], train_glue.train_step, []
+    argv, backward, calls = ["train_glue.py", "--x", "rho", "0.5", "--out"], train_glue.forward_backward, []
     run = ["--", *RUN, "--method", "bi-lora", "--seeds", "1", "--save-every", "1"]
     sweep.main([*argv, "out", *run])
 
@@ -139,13 +135,13 @@ def test_a_saved_state_is_gone_on_from(folder, undrawn, monkeypatch):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return step(*args)
+        return backward(*args)
 
-    monkeypatch.setattr(train_glue, "train_step", interrupted)
+    monkeypatch.setattr(train_glue, "forward_backward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.main([*argv, "again", *run])
     sweep.main([*argv, "again", *run])
-    assert len(calls) == 3  # of two steps, the second twice
+    assert len(calls) == 2 + 1 + 2  # the second step twice; and two passes for the rise of the loss
     assert same(folder / "again/rho-0.5/bi-lora-seed1", folder / "out/rho-0.5/bi-lora-seed1")
 
 
@@ -153,7 +149,7 @@ def test_other_settings_in_the_same_folder(folder, undrawn, capsys):
     argv = ["train_glue.py", "--x", "rho", "0.5", "--out", "out", "--", *RUN, "--method", "bi-lora", "--seeds", "1"]
     sweep.main(argv)
     before = files(folder)
-    assert "rho-0.5/bi-lora-seed1/config.json: lr is 0.02, now 0.03" in refused([*argv, "--lr", "0.03"], capsys)
+    assert "rho-0.5/config.json: lr is 0.02, now 0.03" in refused([*argv, "--lr", "0.03"], capsys)
     assert files(folder) == before
 
 
@@ -174,18 +170,17 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, capsys, axes, message):
 
 @pytest.mark.parametrize("word", ["--out=a", "--ou=a", "--resume=a", "--rsme=a"])
 def test_wrong_input_after_the_dashes(folder, capsys, word):
-    message = "--out and --resume name the same folder" if word == "--ou=a" else word
-    assert message in refused(["train_glue.py", "--x", "rho", "1", "--", *RUN, "--method", "lora", word], capsys)
+    assert word in refused(["train_glue.py", "--x", "rho", "1", "--", *RUN, "--method", "lora", word], capsys)
     assert not list(folder.iterdir())
 
 
 def test_a_run_that_diverges_is_null_and_the_others_go_on(folder, monkeypatch, capsys):
     train = train_glue.train
 
-    def diverging(args, method, seed, experiment, place):
+    def diverging(args, method, seed, *more):
         if (args.lr, seed) == (0.5, 2) or args.lr == 0.7:
             raise FloatingPointError("bi-lora, step 1: the loss is nan")
-        return train(args, method, seed, experiment, place)
+        return train(args, method, seed, *more)
 
     monkeypatch.setattr(train_glue, "train", diverging)
     run = ["--out", "out", "--", *RUN, "--method", "bi-lora", "--seeds", "1", "2"]
@@ -197,7 +192,7 @@ def test_a_run_that_diverges_is_null_and_the_others_go_on(folder, monkeypatch, c
     assert (bad["mean"], bad["stderr"], bad["n"]) == (None, None, 1)
     assert good["n"] == 2 and good["mean"] == statistics.mean(good["scores"].values())
     text = capsys.readouterr().out
-    assert "| accuracy | diverged | " in text and "lr-0.5, bi-lora, seed 2: bi-lora, step 1: the loss is nan" in text
+    assert "| accuracy | diverged | " in text and "lr-0.5/bi-lora-seed2: bi-lora, step 1: the loss is nan" in text
     assert (folder / "out/sweep-bi-lora.png").read_bytes().startswith(b"\x89PNG")
     nowhere = sweep.main(["train_glue.py", "--x", "lr", "0.7", *run])  # a map with no number
     assert [cell["mean"] for cell in nowhere["cells"]] == [None]
