@@ -164,13 +164,13 @@ def top_eigenvalue(losses, params, iterations=15, generator=None, shift=0.0):
 # ------------------------------------------------------------------------------ perturbations
 
 
-def lora_sam_terms(layers, gradients, rho):
-    """(s B eps_A, s eps_B A, s eps_B eps_A), a list of (m, n) each: what LoRA-SAM's perturbation is in W, Eq. (5).
+def lora_sam_terms(layers, eps):
+    """(s B eps_A, s eps_B A, s eps_B eps_A), a list of (m, n) each: what a perturbation of B1 and A1
+    is in W, Eq. (5).
 
-    gradients: dL/dB1, dL/dA1 of one layer after the other, as primary_parameters lists them.  eps = rho g / ||g||.
+    eps: (eps_B, eps_A) of one layer after the other, as primary_parameters lists them.
     """
-    eps = scaled(gradients, rho)
-    pairs = list(zip(layers, eps[::2], eps[1::2]))
+    pairs = list(zip(layers, eps[::2], eps[1::2], strict=True))
     return ([layer.scale * layer.lora_B.detach() @ a for layer, _, a in pairs],
             [layer.scale * b @ layer.lora_A.detach() for layer, b, _ in pairs],
             [layer.scale * b @ a for layer, b, a in pairs])

@@ -1,6 +1,8 @@
-"""The pictures of sharpness.py: one function a part, each of {method: {seed: what the part measured}}.
+"""The pictures of sharpness.py: one function a part, each of {method: {seed: what the part
+measured}}.
 
-A line is the mean over the seeds, a band one standard error around it.
+A line is the mean over the seeds, a band one standard error around it.  A method has the colour of
+its place in the table of methods.
 """
 
 import math
@@ -10,21 +12,36 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tables import SPACES, mean_of
-from train_glue import mean_stderr
+from train_glue import METHODS, mean_stderr
 
-COLOURS = {"lora": "C0", "lora-sam": "C1", "bi-lora": "C2", "bi-lora-power": "C3"}
 LAGS = (1, 2, 4, 8, 16, 32)  # steps between
 
 
 def picture(path, columns, rows=1, height=3.2):
-    """(figure, its axes row by row, a function that writes it)."""
+    """(axes row by row, a function that puts one legend below all of them and writes the file)."""
     figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
 
-    def write():
+    def write(title=None):
+        lines = {}
+        for axis in axes.flat:
+            for line, label in zip(*axis.get_legend_handles_labels()):
+                lines.setdefault(label, line)
+        if lines:
+            figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8,
+                          title=title, title_fontsize=8)
         figure.savefig(path + ".tmp", format="png", dpi=90)
         os.replace(path + ".tmp", path)
-    return figure, axes, write
+    return axes, write
+
+
+def colour(method):
+    return f"C{list(METHODS).index(method)}"
+
+
+def first(runs):
+    """What was measured with the first seed."""
+    return next(iter(runs.values()))
 
 
 def band(axis, x, curves, label, **style):
@@ -36,7 +53,19 @@ def band(axis, x, curves, label, **style):
     (line,) = axis.plot(x, mean, label=label, **style)
     if len(curves) > 1:
         error = curves.std(0, ddof=1) / math.sqrt(len(curves))
-        axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2,
+                          linewidth=0)
+
+
+def bands(axis, results, x, y, label=lambda method: method, **style):
+    """A band for each method.  x and y: functions from what was measured in a run to a list."""
+    for method, runs in results.items():
+        curves = [y(run) for run in runs.values()]
+        band(axis, x(first(runs)), curves, label(method), color=colour(method), **style)
+
+
+def steps(run):
+    return run["step"]
 
 
 def named(axis, x, y, title=""):
@@ -46,135 +75,132 @@ def named(axis, x, y, title=""):
 
 
 def draw_a(results, path):
-    _, ((*axes,),), write = picture(path, 2)
-    for axis, space in zip(axes, SPACES):
-        for method, runs in results.items():
-            curves = [np.mean(run[space]["losses"], 0) for run in runs.values()]
-            band(axis, next(iter(runs.values()))[space]["alphas"], curves, method, color=COLOURS[method])
+    axes, write = picture(path, 2)
+    for axis, space in zip(axes[0], SPACES):
+        bands(axis, results, lambda run: run[space]["alphas"],
+              lambda run: np.mean(run[space]["losses"], 0))
         named(axis, "alpha", "training loss", f"{space} space")
-    axes[0].legend()
     write()
 
 
 def draw_contour(results, path):
-    _, axes, write = picture(path, len(results), 2)
+    axes, write = picture(path, len(results), 2)
     for row, space in zip(axes, SPACES):
-        runs = {method: next(iter(seeds.values()))[space] for method, seeds in results.items()}
-        top = max(np.max(run["losses"]) for run in runs.values())
+        runs = {method: first(seeds)[space] for method, seeds in results.items()}
+        levels = np.linspace(0, max(np.max(run["losses"]) for run in runs.values()), 16)
         for axis, (method, run) in zip(row, runs.items()):
-            drawn = axis.contour(run["alphas"], run["alphas"], run["losses"], levels=np.linspace(0, top, 16))
+            drawn = axis.contour(run["alphas"], run["alphas"], run["losses"], levels=levels)
             axis.clabel(drawn, drawn.levels[1::3], fontsize=7)
             named(axis, "first direction", "second direction", f"{method}, {space} space")
     write()
 
 
 def draw_b(results, path):
-    metric = [key for key in next(iter(next(iter(results.values())).values()))["full"] if key not in ("alphas", "loss")][0]
-    _, axes, write = picture(path, 2, 2)
+    found = first(first(results))["full"]
+    metric = [key for key in found if key not in ("alphas", "loss")][0]
+    axes, write = picture(path, 2, 2)
     for row, space in zip(axes, SPACES):
         for axis, key in zip(row, ("loss", metric)):
-            for method, runs in results.items():
-                band(axis, next(iter(runs.values()))[space]["alphas"], [run[space][key] for run in runs.values()], method,
-                     color=COLOURS[method], marker=".")
-            named(axis, "alpha", "training loss" if key == "loss" else f"{key}, evaluation set", f"{space} space")
-    axes[0, 0].legend()
+            bands(axis, results, lambda run: run[space]["alphas"], lambda run: run[space][key],
+                  marker=".")
+            label = "training loss" if key == "loss" else f"{key}, evaluation set"
+            named(axis, "alpha", label, f"{space} space")
     write()
 
 
 def draw_c(results, path):
-    _, axes, write = picture(path, 2, 2)
-    for row, space in zip(axes, SPACES):
+    axes, write = picture(path, 2, 2)
+    for (left, right), space in zip(axes, SPACES):
+        bands(left, results, lambda run: run[space]["radii"], lambda run: run[space]["increase"],
+              marker=".")
         for i, (method, runs) in enumerate(results.items()):
-            band(row[0], next(iter(runs.values()))[space]["radii"], [run[space]["increase"] for run in runs.values()], method,
-                 color=COLOURS[method], marker=".")
             values = mean_stderr([run[space]["eigenvalue"] for run in runs.values()])
-            row[1].bar([i], [values["mean"]], yerr=[values["stderr"] or 0], color=COLOURS[method])
-        row[1].set_xticks(range(len(results)), list(results), fontsize=8)
-        named(row[0], "radius", "worst loss increase", f"{space} space")
-        row[0].set_xscale("log")
-        row[0].set_yscale("log")
-        named(row[1], "", "largest Hessian eigenvalue", f"{space} space")
-    axes[0, 0].legend()
+            right.bar([i], [values["mean"]], yerr=[values["stderr"] or 0], color=colour(method))
+        right.set_xticks(range(len(results)), list(results), fontsize=8)
+        named(left, "radius", "worst loss increase", f"{space} space")
+        left.set_xscale("log")
+        left.set_yscale("log")
+        named(right, "", "largest Hessian eigenvalue", f"{space} space")
     write()
 
 
 def draw_d(results, path):
-    _, axes, write = picture(path, 2, 2)
-    axes = axes.flatten()
-    terms = {"B_epsA": "s B eps_A", "epsB_A": "s eps_B A", "epsB_epsA": "s eps_B eps_A", "ratio": "first two / third"}
-    for key, label in terms.items():
-        for runs in [results[method] for method in results if method == "lora-sam"]:
-            band(axes[0], steps_of(runs), [run[key] for run in runs.values()], label, linestyle="--" if key == "ratio" else "-")
-    axes[0].set_yscale("log")
-    named(axes[0], "step", "norm", "LoRA-SAM's perturbation")
-    modules = {"B": "B1", "A": "A1", "primary": "B1 A1", "auxiliary": "B2 A2", "between": "B1 A1 with B2 A2"}
-    for axis, method in zip(axes[1:], ("lora-sam", "bi-lora", "bi-lora-power")):
-        runs = results.get(method, {})
-        for key, label in modules.items():
-            if runs and key in next(iter(runs.values())) and (method == "lora-sam" or key not in "BA"):
-                band(axis, steps_of(runs), [run[key] for run in runs.values()], label)
-        named(axis, "step", "cosine with last value", method)
-    for axis in axes:
-        if axis.lines:
-            axis.legend(fontsize=8)
+    """Above, the cosines of each method's pairs; below, the terms of its perturbation of B1 and A1,
+    where it has one."""
+    axes, write = picture(path, len(results), 2)
+    modules = {"B": "B1", "A": "A1", "primary": "B1 A1", "auxiliary": "B2 A2",
+               "between": "B1 A1 with B2 A2"}
+    terms = {"B_epsA": "s B eps_A", "epsB_A": "s eps_B A", "epsB_epsA": "s eps_B eps_A"}
+    for (above, below), (method, runs) in zip(axes.T, results.items()):
+        for i, (key, label) in enumerate(modules.items()):
+            if key in first(runs):
+                band(above, first(runs)["step"], [run[key] for run in runs.values()], label,
+                     color=f"C{i}")
+        named(above, "step", "cosine with last value", method)
+        for i, (key, label) in enumerate(terms.items(), len(modules)):
+            if key in first(runs):
+                band(below, first(runs)["step"], [run[key] for run in runs.values()], label,
+                     color=f"C{i}")
+        named(below, "step", "norm of the perturbation's terms", method)
+        if below.lines:
+            below.set_yscale("log")
+        else:
+            below.set_visible(False)
     write()
-
-
-def steps_of(runs):
-    return next(iter(runs.values()))["step"]
 
 
 def draw_e(results, path):
-    _, axes, write = picture(path, 2, 2)
-    labels = {"cosine_batch": "cosine with G of the batch", "cosine_sample": "cosine with G over the sample",
-              "gain_batch": "share of SAM's increase, batch", "gain_sample": "share of SAM's increase, sample"}
+    axes, write = picture(path, 2, 2)
+    labels = {"cosine_batch": "cosine with G of the batch",
+              "cosine_sample": "cosine with G over the sample",
+              "gain_batch": "share of SAM's increase, batch",
+              "gain_sample": "share of SAM's increase, sample"}
+    found = {method: {seed: run for seed, run in runs.items() if run}
+             for method, runs in results.items()}
+    found = {method: runs for method, runs in found.items() if runs}  # that have a perturbation
     for axis, (key, label) in zip(axes.flat, labels.items()):
-        for method, runs in results.items():
-            runs = {seed: run for seed, run in runs.items() if run}
-            for prefix, style in (("", "-"), ("random_", ":")):
-                if runs:
-                    band(axis, steps_of(runs), [run[prefix + key] for run in runs.values()], method if not prefix else None,
-                         color=COLOURS[method], linestyle=style)
+        bands(axis, found, steps, lambda run: run[key])
+        bands(axis, found, steps, lambda run: run[f"random_{key}"], lambda method: None,
+              linestyle=":")
         axis.axhline(0, color="grey", linewidth=0.5)
         named(axis, "step", label)
-    axes[0, 0].legend(title="dotted: random", fontsize=8)
-    write()
+    write("dotted: a random perturbation of the same length")
 
 
 def draw_f(results, path):
-    _, axes, write = picture(path, 2, 2)
-    (runs,) = results.values()
-    for rule in next(iter(runs.values())):
-        curves = [run[rule] for run in runs.values()]
-        steps = range(len(curves[0]["rank"]))
-        for axis, key in ((axes[0, 0], "rank"), (axes[0, 1], "final")):
-            band(axis, steps, [curve[key] for curve in curves], rule)
-        band(axes[1, 0], LAGS, [[mean_of(curve[f"lag {lag}"]) for lag in LAGS] for curve in curves], rule, marker=".")
-        sampled = [i for i in steps if curves[0]["cosine_sample"][i] is not None]
-        band(axes[1, 1], sampled, [[curve["cosine_sample"][i] for i in sampled] for curve in curves], rule)
+    axes, write = picture(path, 2, 2)
+    runs = list(first(results).values())
+    for rule in runs[0]:
+        curves = [run[rule] for run in runs]
+        every = range(len(curves[0]["rank"]))
+        sampled = [i for i in every if curves[0]["cosine_sample"][i] is not None]
+        lags = [[mean_of(curve[f"lag {lag}"]) for lag in LAGS] for curve in curves]
+        band(axes[1, 0], LAGS, lags, rule, marker=".")
+        band(axes[0, 0], every, [curve["rank"] for curve in curves], rule)
+        band(axes[0, 1], every, [curve["final"] for curve in curves], rule)
+        cosines = [[curve["cosine_sample"][i] for i in sampled] for curve in curves]
+        band(axes[1, 1], sampled, cosines, rule)
     named(axes[0, 0], "step", "effective rank of s B2 A2")
     named(axes[0, 1], "step", "cosine with last value")
     named(axes[1, 0], "steps between", "cosine with itself, second half")
     named(axes[1, 1], "step", "cosine with G over the sample")
     axes[1, 0].set_xscale("log")
-    axes[0, 0].legend(fontsize=7)
     write()
 
 
 def draw_g(results, path):
-    _, ((*axes,),), write = picture(path, 3)
-    for axis, keys, label in zip(axes, (("training loss", "evaluation loss"), ("training score", "evaluation score"), ("gap",)),
-                                 ("loss (dotted: training rows)", "score (dotted: training rows)", "gap of the losses")):
-        for method, runs in results.items():
-            for key in keys:
-                dotted = key.startswith("training")
-                band(axis, steps_of(runs), [run[key] for run in runs.values()], None if dotted else method, color=COLOURS[method],
-                     linestyle=":" if dotted else "-")
-        named(axis, "step", label)
-    axes[0].legend(fontsize=8)
-    write()
+    axes, write = picture(path, 3)
+    for axis, key in zip(axes[0], ("loss", "score")):
+        bands(axis, results, steps, lambda run: run[f"evaluation {key}"])
+        bands(axis, results, steps, lambda run: run[f"training {key}"], lambda method: None,
+              linestyle=":")
+        named(axis, "step", key)
+    bands(axes[0, 2], results, steps, lambda run: run["gap"])
+    named(axes[0, 2], "step", "gap of the losses")
+    write("dotted: training rows")
 
 
-DRAWINGS = {"a": ("landscapes", draw_a), "contour": ("contour", draw_contour), "b": ("adversarial", draw_b),
-            "c": ("worst-case", draw_c), "d": ("perturbations", draw_d), "e": ("adversity", draw_e),
-            "f": ("ascent", draw_f), "g": ("gap", draw_g)}
+DRAWINGS = {"a": ("landscapes", draw_a), "contour": ("contour", draw_contour),
+            "b": ("adversarial", draw_b), "c": ("worst-case", draw_c),
+            "d": ("perturbations", draw_d), "e": ("adversity", draw_e), "f": ("ascent", draw_f),
+            "g": ("gap", draw_g)}

@@ -1,29 +1,34 @@
-"""How flat are the solutions, and how adversarial are the perturbations?  Measures runs of either script, and draws them.
+"""How flat are the solutions, and how adversarial are the perturbations?  Measures runs of either
+script, and draws them.
 
-    python train_glue.py --snapshots 21 --method lora lora-sam bi-lora bi-lora-power --seeds 0 1 2 3 4 5 6 7 8 9
-    python notes/sharpness.py runs/embedded --out notes/figures
+    python notes/methods.py train_glue.py --snapshots 21
+    python notes/sharpness.py runs/demo --out notes/figures
 
-RUN is the --out of a command, or one run folder in it; several are taken together where their task is the same.  Parts:
-  a  loss along random filter-normalised directions, in LoRA space and in full space; a contour plot of the first seed
+RUN is the --out of a command, or one run folder in it; several are taken together where their task
+is the same.  Any method of the table will do.  Parts:
+  a  loss along random filter-normalised directions, in LoRA space and in full space; a contour plot
+     of the first seed
   b  loss and scores at w + alpha g / ||g||, Eq. (A22), in both spaces
   c  worst loss within a radius, and the Hessian's largest eigenvalue, in both spaces
-  d  norms of the three terms of LoRA-SAM's perturbation; cosine of each pair with its last value, and of the two pairs
-  e  how adversarial each method's perturbation is, beside SAM's in full space, Eq. (A2), and a random one
-  f  the ascent by itself: trains again, with several rules for the auxiliary pair, and watches each step
+  d  norms of the three terms of a perturbation of B1 and A1; cosine of each pair with its last
+     value, and of the two pairs
+  e  how adversarial each method's perturbation is, beside SAM's in full space, Eq. (A2), and a
+     random one
+  f  the ascent by itself: trains again, with several rules for the auxiliary pair, and watches each
+     step
   g  loss and score on training rows and on evaluation rows over training, and their gap
-d, e and g need runs with --snapshots.  Training rows, directions and batches are drawn from --seed: they are the same for
-every method of a seed.  All is computed in float32.  Each run folder keeps what was measured in it (sharpness.json), and
-a second command measures only what is not there; --out gets one JSON file and the pictures of each task.  --cached draws
-everything that was measured before, of all tasks, in one command.
+d, e and g need runs with --snapshots, which notes/methods.py takes.  Training rows, directions and
+batches are drawn from --seed: they are the same for every method of a seed.  All is computed in
+float32.  Each run folder keeps what was measured in it (sharpness.json), and a second command
+measures only what is not there; --out gets one JSON file and the pictures of each task.  --cached
+draws everything that was measured before, of all tasks, in one command.
 """
 
 import argparse
 import json
-import math
 import os
 import random
 import re
-import sys
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -31,35 +36,41 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import train_glue  # noqa: E402
-import train_gsm8k  # noqa: E402
-from bilora import bilora_power_step, bilora_step, load_adapter, lora_layers, primary_parameters  # noqa: E402
-from measures import (best_rank_energy, contour, cosine, effective_rank, filter_normalised, gradient,  # noqa: E402
-                      landscape, lora_sam_terms, loss_of, low_rank_cosine, moved, norm, reachable_energy, scaled,
-                      top_eigenvalue, worst_case)
-from pictures import DRAWINGS, LAGS  # noqa: E402
-from tables import SPACES, tables  # noqa: E402
-from train_glue import METHODS, batch_order, cosine_schedule, forward_backward, number, read_json, write_text  # noqa: E402
+import methods
+import train_glue
+import train_gsm8k
+from bilora import load_adapter, lora_layers, primary_parameters
+from measures import (best_rank_energy, contour, cosine, effective_rank, filter_normalised,
+                      gradient, landscape, lora_sam_terms, loss_of, low_rank_cosine, moved, norm,
+                      reachable_energy, scaled, top_eigenvalue, worst_case)
+from model import read_safetensors
+from pictures import DRAWINGS, LAGS
+from tables import SPACES, tables
+from train_glue import METHODS, number, plan_batches, read_json, trained_tensors, write_text
 
 SETTINGS = {  # what the result of each part depends on, beside the run
-    "a": ("rows", "seed", "directions", "points", "span"), "contour": ("rows", "seed", "grid", "span"),
-    "b": ("rows", "seed", "alphas", "eval_rows"), "c": ("rows", "seed", "radii", "steps", "iterations"),
-    "d": ("seed",), "e": ("rows", "seed", "moments", "batches"), "f": ("rows", "seed", "ascent_epochs"),
+    "a": ("rows", "seed", "directions", "points", "span"),
+    "contour": ("rows", "seed", "grid", "span"),
+    "b": ("rows", "seed", "alphas", "eval_rows"),
+    "c": ("rows", "seed", "radii", "steps", "iterations"),
+    "d": ("seed",),
+    "e": ("rows", "seed", "moments", "batches"),
+    "f": ("rows", "seed", "ascent_epochs"),
     "g": ("rows", "seed", "moments", "eval_rows")}
 
 
-# ------------------------------------------------------------------------------ a run
+# ----------------------------------------------------------------------------------------- a run
 
 
 @dataclass
 class Run:
     """A finished run of a script, with the model as it was trained."""
     folder: str
-    options: object      # of this program
+    options: object  # of this program
     config: dict
-    args: object         # of the script
-    experiment: object
+    script: object   # train_glue or train_gsm8k
+    args: object     # of the script
+    data: object     # what its load returns; None with --cached
 
     @property
     def method(self):
@@ -71,53 +82,92 @@ class Run:
 
     @property
     def task(self):
-        """Both scripts have an embedded task."""
-        return "gsm8k-" * ("max_new_tokens" in self.config and self.config["task"] == "embedded") + self.config["task"]
+        """Both scripts have a demo."""
+        task = self.config["task"]
+        return f"gsm8k-{task}" if self.script is train_gsm8k and task == "demo" else task
 
     @cached_property
-    def data(self):
-        return self.experiment.data(self.seed)
+    def training(self):
+        """What the script's `prepare` returns, with the adapter that was saved, in eval mode:
+        W = W0 + s B1 A1."""
+        training = self.prepared(self.method, self.args, 1)
+        load_adapter(training.model, self.folder, training.model.module_names, read_safetensors)
+        training.model.eval()
+        return training
 
-    @cached_property
+    def prepared(self, method, args, steps):
+        build = methods.builder(self.script, args, self.data)
+        return self.script.prepare(args, method, self.seed, build, self.folder, steps)
+
+    @property
     def model(self):
-        """In eval mode: W = W0 + s B1 A1."""
-        model, *_ = train_glue.prepare(self.args, self.method, self.seed, self.experiment.build)
-        load_adapter(model, self.folder, model.module_names)
-        return model.eval()
+        return self.training.model
 
     @property
     def layers(self):
         return lora_layers(self.model)
 
     def drop(self):
-        """Free the model, or load it anew where it is needed again."""
-        self.__dict__.pop("model", None)
+        """Free the model; it is loaded anew where it is needed again."""
+        self.__dict__.pop("training", None)
 
-    def losses(self, examples, size=32):
-        """The mean loss over the examples, in shares."""
-        examples = sorted(examples, key=lambda row: len(row[0]))  # less padding
-        count, device = self.experiment.count(examples), torch.device(self.args.device)
-        return [lambda part=examples[i:i + size]: self.experiment.loss(self.model, part, device) / count
-                for i in range(0, len(examples), size)]
+    @cached_property
+    def rows(self):
+        """Those that the run was trained on."""
+        if self.script is train_glue:
+            return train_glue.training_rows(self.args, self.data, self.seed)
+        count = min(self.args.limit, len(self.data.rows))
+        return random.Random(f"limit-{self.seed}").sample(self.data.rows, count)
 
     @cached_property
     def sample(self):
         """Training rows on which the loss is measured."""
-        examples, _ = self.data
-        return random.Random(self.options.seed).sample(examples, min(self.options.rows, len(examples)))
+        count = min(self.options.rows, len(self.rows))
+        return random.Random(self.options.seed).sample(self.rows, count)
 
     @cached_property
     def batches(self):
         """Training batches, as large as the run's."""
-        examples, _ = self.data
-        order = batch_order(examples, self.args.batch_size, random.Random(self.options.seed + 1))
-        return [[examples[i] for i in batch] for batch in order[:self.options.batches]]
+        plan = plan_batches(self.args, self.options.seed + 1, [len(row[0]) for row in self.rows])
+        return [[self.rows[i] for i in batch] for _, batch in plan[:self.options.batches]]
+
+    def losses(self, rows, size=32):
+        """The mean loss over the rows, in shares."""
+        rows = sorted(rows, key=lambda row: len(row[0]))  # less padding
+        shares = [rows[i:i + size] for i in range(0, len(rows), size)]
+        return [partial(self.share, share, self.count(rows)) for share in shares]
+
+    def share(self, rows, count):
+        if self.script is train_glue:
+            return train_glue.loss_sum(self.model, self.data, rows) / count
+        (prompts, answers, _), device = zip(*rows), self.args.device
+        losses = train_glue.answer_losses(self.model, prompts, answers, self.data.pad_id, device)
+        return losses.sum() / count
+
+    def count(self, rows):
+        """What the mean is over: the rows, or the tokens of their answers."""
+        if self.script is train_gsm8k:
+            return sum(len(answer) for _, answer, _ in rows)
+        if self.data.answers:
+            return sum(len(self.data.answers[label]) for *_, label in rows)
+        return len(rows)
+
+    def scores(self, sets):
+        """{metric: value} of {name: rows}."""
+        data = argparse.Namespace(**{**vars(self.data), "sets": sets})
+        found = self.script.evaluate(self.args, self.model, data)
+        return found["scores"] if self.script is train_glue else train_gsm8k.scores_of(found)
+
+    def evaluation_sets(self):
+        """Those of the task, --eval-rows of each."""
+        rng, count = partial(random.Random, self.options.seed), self.options.eval_rows
+        return {name: rng().sample(rows, min(count, len(rows)))
+                for name, rows in self.data.sets.items()}
 
     def space(self, name):
         """(the tensors that are moved, the weights whose rows say how far)."""
-        model = self.model
         if name == "LoRA":
-            return primary_parameters(model), primary_parameters(model)
+            return primary_parameters(self.model), primary_parameters(self.model)
         weights = [layer.weight for layer in self.layers]
         return weights, [layer.weight + layer.delta().detach() for layer in self.layers]
 
@@ -131,31 +181,34 @@ class Run:
         found = [(int(match[1]), os.path.join(folder, name)) for name in names
                  if (match := re.fullmatch(r"step-(\d+)\.pt", name))]
         if not found:
-            raise ValueError(f"{folder}: no snapshots; expected a run with --snapshots, which parts d, e and g need")
+            raise ValueError(f"{folder}: no snapshots; parts d, e and g expect a run of "
+                             "notes/methods.py with --snapshots")
         return found
 
     def moments(self):
         """Some of the snapshots after the first, evenly."""
         later = self.snapshots()[1:]
-        return [later[i] for i in sorted({round(i) for i in np.linspace(0, len(later) - 1, self.options.moments)})]
+        places = np.linspace(0, len(later) - 1, self.options.moments)
+        return [later[i] for i in sorted({round(place) for place in places})]
 
     def put(self, path):
         """Give the model the weights of a snapshot."""
-        own = train_glue.trained_tensors(self.model)
+        own = trained_tensors(self.model)
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            fits = {name: t.shape for name, t in saved.items()} == {name: t.shape for name, t in own.items()}
+            shapes = {name: tensor.shape for name, tensor in saved.items()}
         except Exception as error:  # whatever a broken file makes the unpickler stumble over
             raise ValueError(f"{path}: not a snapshot ({type(error).__name__})") from None
-        if not fits:
-            raise ValueError(f"{path}: holds other tensors than the run's model; expected a snapshot of this run")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+        if shapes != {name: tensor.shape for name, tensor in own.items()}:
+            raise ValueError(f"{path}: holds other tensors than the run's model; expected a "
+                             "snapshot of this run")
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
 
     def auxiliary(self):
         """[(B2, A2)], or [] where the method has none."""
-        return [(layer.aux_B.detach(), layer.aux_A.detach()) for layer in self.layers if layer.aux_A is not None]
+        return [(layer.aux_B.detach(), layer.aux_A.detach()) for layer in self.layers
+                if layer.aux_A is not None]
 
     def primary(self):
         return [(layer.lora_B.detach(), layer.lora_A.detach()) for layer in self.layers]
@@ -164,43 +217,102 @@ class Run:
 def run_folders(path):
     """The run folders in the --out of a command; a run folder is its own."""
     names = [path, *(os.path.join(path, name) for name in sorted(os.listdir(path)))]
-    files = ("config.json", "adapter_model.bin", "metrics.json")
-    found = [name for name in names if all(os.path.isfile(os.path.join(name, file)) for file in files)]
+    files = ("config.json", "adapter_config.json", "metrics.json")
+    found = [name for name in names
+             if all(os.path.isfile(os.path.join(name, file)) for file in files)]
     if not found:
-        raise ValueError(f"{path}: no finished run; expected the --out of train_glue.py or train_gsm8k.py, or a folder in it")
+        raise ValueError(f"{path}: no finished run; expected the --out of train_glue.py or "
+                         "train_gsm8k.py, or a folder in it")
     return found
 
 
 def load_runs(options):
-    runs, experiments = [], {}
+    runs, loaded = [], {}
     for folder in [folder for path in options.run for folder in run_folders(path)]:
-        config = read_json(os.path.join(folder, "config.json"))
-        script = train_gsm8k if "max_new_tokens" in config else train_glue
-        for key in ("method", "seed", "rho", "files", "task"):
+        path = os.path.join(folder, "config.json")
+        config = read_json(path)
+        for key in ("method", "seed", "rho", "files", "task", "model"):
             if key not in config:
-                raise ValueError(f"{os.path.join(folder, 'config.json')}: no {key!r}; expected a run's settings")
-        added = vars(script.parse_arguments([])[1])  # an option that the run is older than has its default
-        args = argparse.Namespace(**{**added, **config, "rho": [config["rho"]], "method": [config["method"]],
-                                     "device": options.device, "bf16": False, "micro_batch": None,
-                                     "checkpointing": False, "eval_batch_size": 250})
-        key = json.dumps({name: value for name, value in config.items() if name not in ("method", "seed", "rho")})
+                raise ValueError(f"{path}: no {key!r}; expected a run's settings")
+        if config["method"] not in METHODS:
+            raise ValueError(f"{path}: the method is {config['method']!r}; expected one of "
+                             f"{', '.join(METHODS)}; notes/methods.py adds methods")
+        script = train_gsm8k if "max_new_tokens" in config else train_glue
+        words = ["--task", config["task"], "--model", config["model"], "--device", options.device]
+        args, _ = methods.parse(script, words)  # an option that the run is older than: its default
+        ours = {"device": options.device, "bf16": False, "micro_batch": None, "snapshots": 0,
+                "checkpointing": False, "eval_batch_size": 250}
+        args = argparse.Namespace(**{**vars(args), **config, **ours})
+        key = json.dumps({name: config[name] for name in config if name not in ("method", "seed")})
         if options.cached:
-            experiments[key] = None
-        if key not in experiments:
-            base = argparse.Namespace(**{**vars(args), "bf16": config["bf16"] if config["task"] == "embedded" else False})
-            experiments[key] = script.load(base)
-            for (path, size, *_), (now_path, now, *_) in zip(config["files"], experiments[key].files):
-                if size != now:
-                    raise ValueError(f"{now_path}: has {now} bytes; the run read {path} with {size}")
-        runs.append(Run(folder, options, config, args, experiments[key]))
+            loaded[key] = None
+        elif key not in loaded:
+            loaded[key] = script.load(args)
+            require_same_files(config["files"], loaded[key].files)
+        runs.append(Run(folder, options, config, script, args, loaded[key]))
     return runs
 
 
-# ------------------------------------------------------------------------------ the parts, for one run
+def require_same_files(then, now):
+    """ValueError where a file has another size than the one of its name that a run has read."""
+    sizes = {os.path.basename(path): (path, size) for path, size, *_ in then}
+    for path in now:
+        before, size = sizes.get(os.path.basename(path), (None, None))
+        if before and os.stat(path).st_size != size:
+            raise ValueError(f"{path}: has {os.stat(path).st_size} bytes; the run read {before} "
+                             f"with {size}")
+
+
+# ------------------------------------------------------------------ what a method's perturbation is
+
+
+def perturbation(run, batch):
+    """(eps, moves): the method's perturbation of each adapted W, (m, n), and of each B1 and A1 in
+    turn.
+
+    The closure of one step on the batch tells: they are the weights of its last pass minus those at
+    rest before the step, W0 + s B1 A1.  What the step changes is put back; the method and its
+    optimizers begin without a state of their own.
+    """
+    primary, last, training = primary_parameters(run.model), [], run.training
+    trained = trained_tensors(run.model)
+    before = {name: tensor.clone() for name, tensor in trained.items()}
+    rest = [*effective_weights(run.layers, False), *(p.detach().clone() for p in primary)]
+    training.state = {}
+    for optimizer in filter(None, (training.descent, training.ascent)):
+        optimizer.state.clear()
+
+    def closure():
+        last[:] = [*effective_weights(run.layers, True), *(p.detach().clone() for p in primary)]
+        return run.script.forward_backward(run.args, run.model, run.data, batch)
+
+    run.model.train()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(run.options.seed)
+            METHODS[run.method].step(training, closure)
+    finally:
+        run.model.eval()
+        for name, tensor in trained.items():
+            tensor.copy_(before[name])
+    change = [(a - b).to(p.dtype) for a, b, p in zip(last, rest, [*run.space("full")[0], *primary])]
+    return change[:len(run.layers)], change[len(run.layers):]
+
+
+def effective_weights(layers, training):
+    """[W], float64: a perturbation is small beside it."""
+    weights = [layer.weight.double() + layer.delta().detach() for layer in layers]
+    if training:
+        weights = [W + layer.aux_delta().detach() for W, layer in zip(weights, layers)]
+    return [W.detach() for W in weights]
+
+
+# -------------------------------------------------------------------------- the parts, for one run
 
 
 def random_directions(run, options, count, points):
-    """For each space its name, the tensors that move, `count` directions and the alphas along them."""
+    """For each space its name, the tensors that move, `count` directions and the alphas along
+    them."""
     for space, span in zip(SPACES, options.span):
         params, weights = run.space(space)
         generator = run.generator()
@@ -210,31 +322,41 @@ def random_directions(run, options, count, points):
 
 def measure_a(run, options):
     """{space: {"alphas", "losses": a list a direction}}."""
-    losses = run.losses(run.sample)
-    return {space: {"alphas": alphas, "losses": [landscape(losses, params, direction, alphas) for direction in directions]}
-            for space, params, directions, alphas in random_directions(run, options, options.directions, options.points)}
+    losses, result = run.losses(run.sample), {}
+    spaces = random_directions(run, options, options.directions, options.points)
+    for space, params, directions, alphas in spaces:
+        found = [landscape(losses, params, direction, alphas) for direction in directions]
+        result[space] = {"alphas": alphas, "losses": found}
+    return result
 
 
 def measure_contour(run, options):
     """{space: {"alphas", "losses": a list for each alpha of the second direction}}."""
-    losses = run.losses(run.sample)
-    return {space: {"alphas": alphas, "losses": contour(losses, params, *directions, alphas)}
-            for space, params, directions, alphas in random_directions(run, options, 2, options.grid)}
+    losses, result = run.losses(run.sample), {}
+    for space, params, directions, alphas in random_directions(run, options, 2, options.grid):
+        found = contour(losses, params, *directions, alphas)
+        result[space] = {"alphas": alphas, "losses": found}
+    return result
 
 
 def measure_b(run, options):
-    """{space: {"alphas", "loss", and each metric: a list}}: Eq. (A22), g the gradient over the sample."""
-    losses, (_, sets), result = run.losses(run.sample), run.data, {}
-    sets = {name: random.Random(options.seed).sample(rows, min(options.eval_rows, len(rows))) for name, rows in sets.items()}
+    """{space: {"alphas", "loss", and each metric: a list}}: Eq. (A22), g the gradient over the
+    sample."""
+    losses, sets, result = run.losses(run.sample), run.evaluation_sets(), {}
     for space in SPACES:
         params, _ = run.space(space)
         direction, rows = scaled(gradient(losses, params)[1], 1.0), []
         for alpha in options.alphas:
             with moved(params, direction, alpha):
-                metrics, *_ = run.experiment.evaluate(run.model, sets, run.args)
-                rows.append({"loss": loss_of(losses), **metrics})
-        result[space] = {"alphas": options.alphas, **{key: [row[key] for row in rows] for key in rows[0]}}
+                rows.append({"loss": loss_of(losses), **run.scores(sets)})
+        result[space] = {"alphas": options.alphas, **columns(rows)}
     return result
+
+
+def columns(rows):
+    """{key: a list over the rows}, None where a row has no such key."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: [row.get(key) for row in rows] for key in keys}
 
 
 def measure_c(run, options):
@@ -242,14 +364,18 @@ def measure_c(run, options):
     losses, result = run.losses(run.sample), {}
     for space in SPACES:
         params, _ = run.space(space)
-        eigenvalue, residual = top_eigenvalue(losses, params, options.iterations, run.generator())
-        result[space] = {"radii": options.radii, "eigenvalue": eigenvalue, "residual": residual,
-                         "increase": [worst_case(losses, params, rho, options.steps) for rho in options.radii]}
+        value, rest = top_eigenvalue(losses, params, options.iterations, run.generator())
+        increase = [worst_case(losses, params, rho, options.steps) for rho in options.radii]
+        result[space] = {"radii": options.radii, "eigenvalue": value, "residual": rest,
+                         "increase": increase}
     return result
 
 
 def measure_d(run, options):
-    """Lists over the snapshots: LoRA-SAM's three norms and their ratio; the cosines of B, A and the products."""
+    """Lists over the snapshots.  Cosines with the last value: of B, A and the product of the
+    primary pairs, and of the auxiliary product; the cosine of the two products.  Where the method
+    perturbs B1 and A1: the norms of the three terms that this is in W, and what the first two are
+    together over the third."""
     rows, snapshots = [], run.snapshots()
     run.put(snapshots[-1][1])
     at_end = [[tensor.clone() for tensor in pair] for pair in run.primary()]
@@ -262,133 +388,130 @@ def measure_d(run, options):
         if aux_at_end:
             row["auxiliary"] = low_rank_cosine(run.auxiliary(), aux_at_end)
             row["between"] = low_rank_cosine(run.primary(), run.auxiliary())
-        if run.method == "lora-sam":
-            _, g = gradient(run.losses(run.batches[0]), primary_parameters(run.model))
-            terms = lora_sam_terms(run.layers, g, run.args.rho[0])
-            row |= {name: norm(term) for name, term in zip(("B_epsA", "epsB_A", "epsB_epsA"), terms)}
+        _, moves = perturbation(run, run.batches[0])
+        if norm(moves) > 0:
+            terms = lora_sam_terms(run.layers, moves)
+            names = ("B_epsA", "epsB_A", "epsB_epsA")
+            row |= {name: norm(term) for name, term in zip(names, terms)}
             first = norm([x + y for x, y in zip(*terms[:2])])
-            row["ratio"] = first / row["epsB_epsA"] if row["epsB_epsA"] else None  # at B = 0 there is no third term
+            third = row["epsB_epsA"]  # at B = 0 there is none
+            row["ratio"] = first / third if third else None
         rows.append(row)
-    return {key: [row[key] for row in rows] for key in rows[0]}
-
-
-def perturbation(run, losses):
-    """The method's own perturbation of the weights, or None: LoRA-SAM's for this batch, Bi-LoRA's as it stands."""
-    if run.method == "lora-sam":
-        terms = lora_sam_terms(run.layers, gradient(losses, primary_parameters(run.model))[1], run.args.rho[0])
-        return [sum(parts) for parts in zip(*terms)]
-    return [layer.aux_delta().detach() for layer in run.layers] if run.auxiliary() else None
+    return columns(rows)
 
 
 def measure_e(run, options):
-    """At some snapshots, lists over them.  For the method's perturbation and a random one as long ("random_..."):
-    cosine_batch with G of a batch and gain_batch, its loss increase over that of SAM's perturbation of the same length; the
-    same over the sample; reach, the share of ||G||^2, G over the sample, in {B X + Y A} of LoRA-SAM's primary pairs or Bi-LoRA's
-    auxiliary ones, and best_rank, that of the best approximation of their rank.  Means over the batches; the sample's with
-    the perturbation of the first batch.  A snapshot whose perturbation is zero is left out."""
+    """At some snapshots, lists over them; {} for a method without a perturbation.
+
+    For the method's perturbation and a random one as long ("random_..."): cosine_batch with G of a
+    batch, and gain_batch, its loss increase over that of SAM's perturbation of the same length; the
+    same over the sample.  reach: the share of ||G||^2, G over the sample, in {B X + Y A} of the
+    auxiliary pairs, or of the primary ones where there are no others; best_rank: that of the best
+    approximation of their rank.  Means over the batches; the sample's with the perturbation of the
+    first batch.  A snapshot whose perturbation is zero is left out."""
     rows = []
     for step, path in run.moments():
         run.put(path)
-        weights, generator, parts = [layer.weight for layer in run.layers], run.generator(), []
-        whole = run.losses(run.sample)
-        start, G = gradient(whole, weights)
-        for number_, batch in enumerate(run.batches):
+        found = [(batch, perturbation(run, batch)[0]) for batch in run.batches]
+        found = [(batch, eps) for batch, eps in found if norm(eps) > 0]
+        if not found:
+            continue
+        whole, weights = run.losses(run.sample), [layer.weight for layer in run.layers]
+        generator, (start, G) = run.generator(), gradient(whole, weights)
+        parts = []
+        for batch, eps in found:
             losses = run.losses(batch)
             before, g = gradient(losses, weights)
-            eps = perturbation(run, losses)
-            if eps is None or norm(eps) == 0:
-                continue
-            noise = scaled([torch.randn(e.shape, generator=generator).to(e) for e in eps], norm(eps))
+            noise = [torch.randn(e.shape, generator=generator).to(e) for e in eps]
             part = {"norm": norm(eps)}
-            for name, e in (("", eps), ("random_", noise)):
+            for name, e in (("", eps), ("random_", scaled(noise, norm(eps)))):
                 part[name + "cosine_batch"] = cosine(e, g)
-                part[name + "gain_batch"] = increase(losses, weights, e, before) / increase(
-                    losses, weights, scaled(g, norm(e)), before)
-                if number_ == 0:
+                part[name + "gain_batch"] = gain(losses, weights, e, g, before)
+                if not parts:
                     part[name + "cosine_sample"] = cosine(e, G)
-                    part[name + "gain_sample"] = increase(whole, weights, e, start) / increase(
-                        whole, weights, scaled(G, norm(e)), start)
-            if number_ == 0:
-                pairs = run.auxiliary() or run.primary()
-                part |= {"reach": reachable_energy(G, pairs), "best_rank": best_rank_energy(G, len(pairs[0][1]))}
+                    part[name + "gain_sample"] = gain(whole, weights, e, G, start)
             parts.append(part)
-        if parts:
-            means = {key: np.mean([part[key] for part in parts if key in part]).item() for key in parts[0]}
-            rows.append({"step": step, "gradient": norm(G), **means})
-    return {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+        pairs = run.auxiliary() or run.primary()
+        means = {key: np.mean([part[key] for part in parts if key in part]).item()
+                 for key in parts[0]}
+        rows.append({"step": step, "gradient": norm(G), **means,
+                     "reach": reachable_energy(G, pairs),
+                     "best_rank": best_rank_energy(G, len(pairs[0][1]))})
+    return columns(rows)
 
 
-def increase(losses, weights, eps, before):
+def gain(losses, weights, eps, G, before):
+    """L(W + eps) - L(W) over the same of SAM's perturbation, ||eps|| G / ||G||."""
     with moved(weights, eps):
-        return loss_of(losses) - before
+        ours = loss_of(losses) - before
+    with moved(weights, scaled(G, norm(eps))):
+        return ours / (loss_of(losses) - before)
 
 
 def measure_g(run, options):
-    """Lists over some snapshots: loss and first metric on the training sample and on evaluation rows, and the losses' gap."""
-    rows, evaluation = [], next(iter(run.data[1].values()))
-    evaluation = random.Random(options.seed).sample(evaluation, min(options.eval_rows, len(evaluation)))
+    """Lists over some snapshots: loss and first metric on the training sample and on evaluation
+    rows, and the losses' gap."""
+    rows, evaluation = [], next(iter(run.evaluation_sets().values()))
     for step, path in run.moments():
         run.put(path)
         row = {"step": step}
         for name, examples in (("training", run.sample), ("evaluation", evaluation)):
-            metrics, *_ = run.experiment.evaluate(run.model, {name: examples}, run.args)
-            row |= {f"{name} loss": loss_of(run.losses(examples)), f"{name} score": next(iter(metrics.values()))}
+            row[f"{name} loss"] = loss_of(run.losses(examples))
+            row[f"{name} score"] = next(iter(run.scores({name: examples}).values()))
         rows.append({**row, "gap": row["evaluation loss"] - row["training loss"]})
-    return {key: [row[key] for row in rows] for key in rows[0]}
+    return columns(rows)
 
 
-# ------------------------------------------------------------------------------ f: the ascent
+# --------------------------------------------------------------------------------- f: the ascent
+
+WATCHED = "bi-lora"  # f trains the runs of this method again
 
 
 def ascent_rules(lr):
-    """{name: (ascent, eta2, does eta2 follow the cosine)}; the ascent is sgd, adamw or power."""
-    return {"plain, eta2 = eta1": ("sgd", lr, True), "plain, eta2 = 100 eta1": ("sgd", 100 * lr, True),
-            "plain, eta2 = 1000 eta1": ("sgd", 1000 * lr, True), "Adam, eta2 = eta1": ("adamw", lr, True),
-            "Adam, eta2 = eta1 / 10": ("adamw", lr / 10, True), "Adam, eta2 = eta1, constant": ("adamw", lr, False),
-            "power rule": ("power", 0.0, True)}
+    """{name: (method, ascent, eta2, does eta2 follow the cosine)}."""
+    return {"plain, eta2 = eta1": ("bi-lora", "sgd", lr, True),
+            "plain, eta2 = 100 eta1": ("bi-lora", "sgd", 100 * lr, True),
+            "plain, eta2 = 1000 eta1": ("bi-lora", "sgd", 1000 * lr, True),
+            "Adam, eta2 = eta1": ("bi-lora", "adamw", lr, True),
+            "Adam, eta2 = eta1 / 10": ("bi-lora", "adamw", lr / 10, True),
+            "Adam, eta2 = eta1, constant": ("bi-lora", "adamw", lr, False),
+            "power rule": ("bi-lora-power", "sgd", lr, True)}
 
 
 def measure_f(run, options):
-    """{rule: lists over the steps}: effective rank of B2 A2, cosine with its own value a lag ago ("lag 1", ...), with its
-    value after the last step ("final"); and now and then with G at W, of the batch that it perturbs and over the sample."""
-    args = argparse.Namespace(**{**vars(run.args), "epochs": options.ascent_epochs or run.args.epochs})
-    return {name: watch_ascent(run, args, *rule) for name, rule in ascent_rules(run.args.lr).items()}
+    """{rule: lists over the steps}: effective rank of B2 A2, cosine with its own value a lag ago
+    ("lag 1", ...), with its value after the last step ("final"); and now and then with G at W, of
+    the batch that it perturbs and over the sample."""
+    epochs = options.ascent_epochs or run.args.epochs
+    return {name: watch_ascent(run, name, epochs, *rule)
+            for name, rule in ascent_rules(run.args.lr).items()}
 
 
-def watch_ascent(run, args, kind, eta2, falls):
-    examples, _ = run.data
-    args = argparse.Namespace(**{**vars(args), "aux_lr": eta2, "ascent": "adamw" if kind == "adamw" else "sgd"})
-    run.model, layers, (descent, ascent) = train_glue.prepare(args, "bi-lora", run.seed, run.experiment.build)
-    model, rho = run.model.train(), args.rho[0]
-    weights = [layer.weight for layer in layers]
-    steps = args.epochs * math.ceil(len(examples) / args.batch_size)
-    schedules = [cosine_schedule(descent, steps)]
-    if kind != "power" and falls:
-        schedules.append(cosine_schedule(ascent, steps))
-    rng, rows, history = random.Random(run.seed), [], []
-    bar = tqdm(total=steps, desc=f"f, {kind} {eta2:g}", leave=False, disable=None)
-    for _ in range(args.epochs):
-        for order in batch_order(examples, args.batch_size, rng):
-            batch, pairs = [examples[i] for i in order], [[tensor.clone() for tensor in pair] for pair in run.auxiliary()]
-            history.append(pairs)
-            eps = [layer.aux_delta().detach() for layer in layers]
-            row = {"rank": effective_rank(pairs), **{f"lag {lag}": low_rank_cosine(pairs, history[-1 - lag])
-                                                     for lag in LAGS if lag < len(history)}}
-            if len(rows) % max(1, steps // 20) == 0:
-                model.eval()  # G at W, not at W + eps, where eps agrees with it the more the sharper the loss is
-                row["cosine_sample"] = cosine(eps, gradient(run.losses(run.sample), weights)[1])
-                row["cosine_batch"] = cosine(eps, gradient(run.losses(batch), weights)[1])
-                model.train()
-            closure = partial(forward_backward, model, run.experiment, batch, args)
-            if kind == "power":
-                bilora_power_step(descent, closure, layers, rho, args.momentum)
-            else:
-                bilora_step(descent, ascent, closure, layers, rho)
-            for schedule in schedules:
-                schedule.step()
-            rows.append(row)
-            bar.update()
-    bar.close()
+def watch_ascent(run, name, epochs, method, ascent, eta2, falls):
+    changed = {"epochs": epochs, "aux_lr": eta2, "ascent": ascent}
+    args, rows, history = argparse.Namespace(**{**vars(run.args), **changed}), [], []
+    plan = plan_batches(args, run.seed, [len(row[0]) for row in run.rows])
+    training = run.training = run.prepared(method, args, len(plan))
+    schedules = training.schedules if falls else training.schedules[:1]
+    weights = [layer.weight for layer in run.layers]
+    for _, indices in tqdm(plan, desc=f"f, {name}", leave=False, disable=None):
+        batch = [run.rows[i] for i in indices]
+        pairs = [[tensor.clone() for tensor in pair] for pair in run.auxiliary()]
+        history.append(pairs)
+        row = {"rank": effective_rank(pairs)}
+        for lag in LAGS:
+            if lag < len(history):
+                row[f"lag {lag}"] = low_rank_cosine(pairs, history[-1 - lag])
+        if len(rows) % max(1, len(plan) // 20) == 0:
+            run.model.eval()  # G at W, not at W + eps: eps agrees with that the more the sharper L
+            eps = [layer.aux_delta().detach() for layer in run.layers]
+            row["cosine_sample"] = cosine(eps, gradient(run.losses(run.sample), weights)[1])
+            row["cosine_batch"] = cosine(eps, gradient(run.losses(batch), weights)[1])
+        closure = partial(run.script.forward_backward, args, run.model.train(), run.data, batch)
+        METHODS[method].step(training, closure)
+        for schedule in schedules:
+            schedule.step()
+        rows.append(row)
     for row, pairs in zip(rows, history):
         row["final"] = low_rank_cosine(pairs, run.auxiliary())
     run.drop()
@@ -396,23 +519,24 @@ def watch_ascent(run, args, kind, eta2, falls):
     return {key: [row.get(key) for row in rows] for key in keys}
 
 
-# ------------------------------------------------------------------------------ all runs
+# -------------------------------------------------------------------------------------- all runs
 
 
-MEASURES = {"a": measure_a, "contour": measure_contour, "b": measure_b, "c": measure_c, "d": measure_d, "e": measure_e,
-            "f": measure_f, "g": measure_g}
+MEASURES = {"a": measure_a, "contour": measure_contour, "b": measure_b, "c": measure_c,
+            "d": measure_d, "e": measure_e, "f": measure_f, "g": measure_g}
 
 
 def wanted(run, part, seeds, options):
     """Is this part measured in this run?  seeds: those of the task's runs, in order."""
-    return {"contour": run.seed == seeds[0], "e": run.method != "lora",
-            "f": run.method == "bi-lora" and run.seed in seeds[:options.ascent_seeds]}.get(part, True)
+    if part == "contour":
+        return run.seed == seeds[0]
+    return part != "f" or run.method == WATCHED and run.seed in seeds[:options.ascent_seeds]
 
 
 def measure(runs, options):
-    """({task: {part: {method: {seed: result}}}}, {task: {part: the settings it was measured with}})."""
-    results, used = {}, {}
-    todo = []
+    """({task: {part: {method: {seed: result}}}}, {task: {part: the settings it was measured
+    with}})."""
+    results, used, todo = {}, {}, []
     for run in runs:
         seeds = sorted({other.seed for other in runs if other.task == run.task})
         parts = [part for part in options.parts if wanted(run, part, seeds, options)]
@@ -431,74 +555,93 @@ def measure(runs, options):
                 if part in "defg":
                     run.drop()  # its weights are those of a snapshot now
             if part in known:
-                result, settings = known[part]["result"], known[part]["settings"]
-                results.setdefault(run.task, {}).setdefault(part, {}).setdefault(run.method, {})[run.seed] = result
+                methods_of = results.setdefault(run.task, {}).setdefault(part, {})
+                methods_of.setdefault(run.method, {})[run.seed] = known[part]["result"]
+                settings = known[part]["settings"]
                 first = used.setdefault(run.task, {}).setdefault(part, settings)
                 if first != settings:
-                    raise ValueError(f"{path}: part {part} was measured with {settings}, that of another run with {first}")
+                    raise ValueError(f"{path}: part {part} was measured with {settings}, that of "
+                                     f"another run with {first}")
         run.drop()
     return results, used
 
 
-# ------------------------------------------------------------------------------ arguments and main
+def report_of(task, parts, settings, runs, out):
+    """What is in OUT/TASK-sharpness.json; draws the pictures and prints the tables."""
+    for part, found in parts.items():
+        name, draw = DRAWINGS[part]
+        parts[part] = {method: found[method] for method in METHODS if method in found}
+        if any(result for seeds in found.values() for result in seeds.values()):
+            draw(parts[part], os.path.join(out, f"{task}-{name}.png"))
+    folders = [run.folder for run in runs]
+    metrics = [read_json(os.path.join(folder, "metrics.json")) for folder in folders]
+    text, numbers = tables(parts, metrics)
+    report = {"settings": settings, "runs": folders, "tables": numbers, "measured": parts}
+    write_text(os.path.join(out, f"{task}-sharpness.json"), json.dumps(report))
+    write_text(os.path.join(out, f"{task}-sharpness.md"),
+               f"# {task}: what sharpness.py measured\n{text}")
+    print(f"{task}\n{text}")
+    return report
+
+
+# ----------------------------------------------------------------------------- arguments and main
+
+NUMBERS = [  # option, type, smallest value, default, help; where the default is a list, some values
+    ("seed", int, 0, 0, "of rows, directions and batches"),
+    ("rows", int, 1, 128, "training rows that the loss is measured on"),
+    ("eval-rows", int, 1, 1000, "b, g: rows of each evaluation set"),
+    ("directions", int, 1, 3, "a: random directions"),
+    ("points", int, 3, 15, "a: points along each, an odd number"),
+    ("grid", int, 2, 9, "contour: points along each axis"),
+    ("span", float, 0, [1.0, 0.5], "a, contour: largest alpha in LoRA space and in full space"),
+    ("alphas", float, 0, [0, 0.1, 0.25, 0.5, 1, 2.5, 4, 5], "b: the paper's, 0.1 and 0.25"),
+    ("radii", float, 0, [0.05, 0.2, 1.0], "c: of the balls"),
+    ("steps", int, 1, 5, "c: of the ascent"),
+    ("iterations", int, 1, 15, "c: of the power iteration"),
+    ("moments", int, 1, 5, "e, g: snapshots"),
+    ("batches", int, 1, 4, "e: training batches"),
+    ("ascent-seeds", int, 1, 3, "f: the first seeds only"),
+    ("ascent-epochs", int, 0, 0, "f: epochs of its trainings; 0 for the run's")]
 
 
 def parse_arguments(argv):
-    parser = train_glue.Parser(prog="sharpness.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = train_glue.Parser(description=__doc__,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", metavar="RUN",
                         help="the --out of train_glue.py or train_gsm8k.py, or a run folder in it")
-    parser.add_argument("--parts", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
-    parser.add_argument("--out", help="folder of the pictures, tables and numbers (default: the first RUN)")
+    parser.add_argument("--parts", nargs="+", choices=MEASURES, default=list(MEASURES),
+                        help="default: all")
+    parser.add_argument("--out", help="folder of the pictures, tables and numbers (default: the "
+                        "first RUN)")
     parser.add_argument("--cached", action=argparse.BooleanOptionalAction, default=False,
-                        help="measure nothing: draw what the run folders hold, with the settings it was measured with")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of rows, directions and batches (default: %(default)s)")
-    parser.add_argument("--device", type=train_glue.device_name, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="measure nothing: draw what the run folders hold, with the settings "
+                        "it was measured with")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: %(default)s")
-    parser.add_argument("--rows", type=number(int, 1), default=128,
-                        help="training rows that the loss is measured on (default: %(default)s)")
-    parser.add_argument("--eval-rows", type=number(int, 1), default=1000,
-                        help="b, g: rows of each evaluation set (default: %(default)s)")
-    parser.add_argument("--directions", type=number(int, 1), default=3, help="a: random directions (default: %(default)s)")
-    parser.add_argument("--points", type=number(int, 3), default=15, help="a: points along each (default: %(default)s)")
-    parser.add_argument("--grid", type=number(int, 2), default=9, help="contour: points along each axis (default: %(default)s)")
-    parser.add_argument("--span", type=number(float, 0), nargs=2, default=[1.0, 0.5],
-                        help="a, contour: largest alpha in LoRA space and in full space (default: 1 0.5)")
-    parser.add_argument("--alphas", type=number(float, 0), nargs="+", default=[0, 0.1, 0.25, 0.5, 1, 2.5, 4, 5],
-                        help="b: default: the paper's, 0 0.5 1 2.5 4 5, and two smaller ones, 0.1 0.25")
-    parser.add_argument("--radii", type=number(float, 0), nargs="+", default=[0.05, 0.2, 1.0], help="c: default: 0.05 0.2 1")
-    parser.add_argument("--steps", type=number(int, 1), default=5, help="c: of the ascent (default: %(default)s)")
-    parser.add_argument("--iterations", type=number(int, 1), default=15, help="c: of the power iteration (default: %(default)s)")
-    parser.add_argument("--moments", type=number(int, 1), default=5, help="e, g: snapshots (default: %(default)s)")
-    parser.add_argument("--batches", type=number(int, 1), default=4, help="e: training batches (default: %(default)s)")
-    parser.add_argument("--ascent-seeds", type=number(int, 1), default=3,
-                        help="f: Bi-LoRA's first seeds only (default: %(default)s)")
-    parser.add_argument("--ascent-epochs", type=number(int, 0), default=0,
-                        help="f: epochs of its trainings (default: 0, the run's)")
-    return parser, parser.parse_args(argv)
+    for name, kind, least, default, text in NUMBERS:
+        parser.add_argument("--" + name, type=partial(number, kind, least, train_glue.INF),
+                            nargs="+" if isinstance(default, list) else None, default=default,
+                            help=f"{text} (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if options.points % 2 == 0:
+        parser.error(f"--points is {options.points}; expected an odd number, so that alpha = 0 is "
+                     "one of them")
+    if len(options.span) != 2:
+        parser.error(f"--span has {len(options.span)} values; expected two")
+    return parser, options
 
 
 def main(argv=None):
     parser, options = parse_arguments(argv)
-    if options.points % 2 == 0:
-        parser.error(f"--points is {options.points}; expected an odd number, so that alpha = 0 is one of them")
     try:
         runs = load_runs(options)
         results, used = measure(runs, options)
         out, report = options.out or options.run[0], {}
         os.makedirs(out, exist_ok=True)
         for task, parts in results.items():
-            for part, methods in parts.items():
-                name, draw = DRAWINGS[part]
-                ordered = {method: methods[method] for method in METHODS if method in methods}
-                draw(ordered, os.path.join(out, f"{task}-{name}.png"))
-                parts[part] = ordered
-            folders = [run.folder for run in runs if run.task == task]
-            text, numbers = tables(parts, [read_json(os.path.join(folder, "metrics.json")) for folder in folders])
-            report[task] = {"settings": used[task], "runs": folders, "tables": numbers, "measured": parts}
-            write_text(os.path.join(out, f"{task}-sharpness.json"), json.dumps(report[task]))
-            write_text(os.path.join(out, f"{task}-sharpness.md"), f"# {task}: what sharpness.py measured\n{text}")
-            print(f"{task}\n{text}")
-    except (ValueError, OSError) as error:
+            own = [run for run in runs if run.task == task]
+            report[task] = report_of(task, parts, used[task], own, out)
+    except (ValueError, OSError, FloatingPointError) as error:
         parser.error(str(error))
     return report
 

@@ -162,7 +162,7 @@ def test_lora_sam_terms(batch):  # noqa: F811
     layers, params = lora_layers(net), primary_parameters(net)
     _, g = measures.gradient(losses_of(net, batch), params)
     total = flat(g).norm()
-    terms = measures.lora_sam_terms(layers, g, rho)
+    terms = measures.lora_sam_terms(layers, [rho * x / total for x in g])
     for i, layer in enumerate(layers):
         B, A = layer.lora_B + rho * g[2 * i] / total, layer.lora_A + rho * g[2 * i + 1] / total
         torch.testing.assert_close(sum(term[i] for term in terms), (3.0 * (B @ A - layer.lora_B @ layer.lora_A)).detach(), **close)

@@ -133,7 +133,7 @@ def test_the_tables_are_what_was_measured():
 
 def test_a_table():
     entry = lambda mean, **more: {"value": {"mean": mean, "stderr": 0.25, "n": 3}, **more}
-    numbers = {"x": {"c": {"up": {"lora": entry(2.0), "bi-lora": entry(1.0, minus_lora={"mean": -1.0, "stderr": 0.5, "n": 3})},
+    numbers = {"x": {"c": {"up": {"lora": entry(2.0), "bi-lora": entry(1.0, difference={"mean": -1.0, "stderr": 0.5, "n": 3})},
                            "down": {"lora": entry(9.0)}}}}
     assert tables.table('x c * "up"', numbers) == (
         "|  | lora | bi-lora |\n| --- | --- | --- |\n| up | 2 ± 0.25 | 1 ± 0.25 (-1 ± 0.5) |\n")

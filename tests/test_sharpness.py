@@ -110,8 +110,8 @@ def test_mean_and_standard_error_over_seeds():
     assert entry["lora-sam"]["value"]["mean"] == pytest.approx((one + two) / 2)
     assert entry["lora-sam"]["value"]["stderr"] == pytest.approx(abs(one - two) / 2)
     differences = [a - b for a, b in zip(values["lora-sam"], values["lora"])]
-    assert entry["lora-sam"]["minus_lora"]["mean"] == pytest.approx(sum(differences) / 2)
-    assert "minus_lora" not in entry["lora"]
+    assert entry["lora-sam"]["difference"]["mean"] == pytest.approx(sum(differences) / 2)
+    assert "difference" not in entry["lora"]
 
 
 @pytest.mark.parametrize("method", ["lora-sam", "bi-lora", "bi-lora-power"])
