@@ -1,11 +1,13 @@
-"""What a step costs: LoRA, LoRA-SAM and Bi-LoRA on the same encoder and batch, interleaved step by step.
+"""What a step costs: every method of the table on the same encoder and batch, interleaved step by
+step.
 
     python notes/benchmark.py --bf16                       # a random encoder of MiniLM's shape
     python notes/benchmark.py --bf16 --model DIR           # a BERT folder
-    python notes/benchmark.py --bf16 --peft                # PEFT's LoRA layers in the same encoder too, if installed
+    python notes/benchmark.py --bf16 --peft                # PEFT's LoRA layers too, if installed
 
-Reported are the median over the rounds of a step's seconds, and of its ratio to the LoRA step of the same round, which a
-drift of the machine's speed does not touch.  Peak memory is that of a process which runs one method alone.
+Reported are the median over the rounds of a step's seconds, and of its ratio to the step of the
+table's first method in the same round, which a drift of the machine's speed does not touch.  Peak
+memory is that of a process which runs one method alone.
 """
 
 import argparse
@@ -16,118 +18,139 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from bilora import (add_lora, bilora_optimizers, bilora_power_step, bilora_step, lora_sam_step, lora_step,  # noqa: E402
-                    primary_parameters)
-from model import Config, Transformer  # noqa: E402
-from train_glue import METHODS, TASKS, Experiment, forward_backward, peak_memory, reset_peak_memory  # noqa: E402
+import methods
+import train_glue
+from bilora import bilora_optimizers
+from model import Config, Transformer
+from train_glue import METHODS, TASKS, forward_backward, peak_memory, prepare, write_text
 
-MINILM = Config(vocab_size=30522, d_model=384, d_ff=1536, heads=12, encoder_layers=6, token_types=2, norm_first=False,
-                embedding_norm=True, pooler=True, eps=1e-12, num_labels=2)
+MINILM = Config(vocab_size=30522, d_model=384, d_ff=1536, heads=12, encoder_layers=6,
+                token_types=2, norm_first=False, embedding_norm=True, pooler=True, eps=1e-12,
+                num_labels=2)
+FIRST = next(iter(METHODS))
 
 
-def build_step(method, args):
-    """A function of no argument that takes one training step of the method."""
+def build(folder):
+    if folder:
+        return Transformer.from_pretrained(folder, num_labels=2)
+    return Transformer(MINILM)
+
+
+def peft_run(args, options):
+    """What `prepare` returns, as far as the first method's step reads it, with PEFT's layers."""
+    from peft import LoraConfig, inject_adapter_in_model
     torch.manual_seed(0)
-    model = Transformer.from_pretrained(args.model, num_labels=2) if args.model else Transformer(MINILM)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.to(args.device)
-    if method == "peft":
-        from peft import LoraConfig, inject_adapter_in_model
-        targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "classifier"]
-        model.requires_grad_(False)
-        inject_adapter_in_model(LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets), model)
-        layers = []
-    else:
-        layers = add_lora(model, args.rank, 2 * args.rank, args.rank if method.startswith("bi-lora") else 0)
+    model = build(options.model).to(options.device)
+    targets = [name for name, module in model.named_modules()
+               if isinstance(module, torch.nn.Linear) and name != "classifier"]
+    model.requires_grad_(False)
+    config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets)
+    inject_adapter_in_model(config, model)
     model.classifier.requires_grad_(True)
-    model.train()
-    (descent, ascent), primary = bilora_optimizers(model, 5e-4), primary_parameters(model)
+    descent, _ = bilora_optimizers(model, 5e-4)
+    return SimpleNamespace(args=args, model=model, descent=descent, log=[], steps=1)
+
+
+def build_step(method, options):
+    """A function of no argument that takes one training step of the method."""
+    words = ["--task", "mrpc", "--model", options.model or "random", "--device", options.device,
+             "--rank", str(options.rank), "--aux-rank", str(options.rank),
+             "--alpha", str(2 * options.rank), "--micro-batch", str(options.batch_size)]
+    args, _ = methods.parse(train_glue, words + ["--bf16"] * options.bf16)
+    if method == "peft":
+        run, step = peft_run(args, options), METHODS[FIRST].step
+    else:
+        run = prepare(args, method, 0, partial(build, options.model), "", 1)
+        step = METHODS[method].step
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(args.length // 2, args.length + 1, (args.batch_size,), generator=generator).tolist()
-    experiment = Experiment(TASKS["mrpc"], None, None, 0, "accuracy", [])
-    examples = [(torch.randint(1000, 20000, (n,), generator=generator).tolist(), [0] * n, n % 2) for n in lengths]
+    shortest, longest = options.length // 2, options.length
+    lengths = torch.randint(shortest, longest + 1, (options.batch_size,), generator=generator)
+    tokens = run.model.config.vocab_size
+    rows = [(torch.randint(tokens, (n,), generator=generator).tolist(), [0] * n, n % 2)
+            for n in lengths.tolist()]
+    data = SimpleNamespace(task=TASKS["mrpc"], answers=None, pad_id=0)
+    closure = partial(forward_backward, args, run.model.train(), data, rows)
 
-    def closure():
-        return forward_backward(model, experiment, examples, args)
-
-    def step():
-        if method in ("lora", "peft"):
-            lora_step(descent, closure).item()
-        elif method == "lora-sam":
-            lora_sam_step(descent, closure, 0.01, primary).item()
-        elif method == "bi-lora":
-            bilora_step(descent, ascent, closure, layers, 0.05).item()
-        elif method == "bi-lora-power":
-            bilora_power_step(descent, closure, layers, 0.05).item()
-        if args.device.startswith("cuda"):
+    def timed():
+        logged = step(run, closure)
+        float(logged["loss"])  # waits for the device
+        if torch.device(options.device).type == "cuda":
             torch.cuda.synchronize()
-    return step
+    return timed
 
 
-def time_methods(methods, args):
+def time_methods(names, options):
     """{method: [seconds a round]}; the order rotates from round to round."""
-    steps, seconds = {method: build_step(method, args) for method in methods}, {method: [] for method in methods}
-    for i in range(args.warmup + args.rounds):
-        for method in methods[i % len(methods):] + methods[:i % len(methods)]:
+    steps = {name: build_step(name, options) for name in names}
+    seconds = {name: [] for name in names}
+    for i in range(options.warmup + options.rounds):
+        start = i % len(names)
+        for name in names[start:] + names[:start]:
             begin = time.perf_counter()
-            steps[method]()
-            if i >= args.warmup:
-                seconds[method].append(time.perf_counter() - begin)
+            steps[name]()
+            if i >= options.warmup:
+                seconds[name].append(time.perf_counter() - begin)
     return seconds
 
 
 def memory_alone(method, argv):
     command = [sys.executable, os.path.abspath(__file__), *argv, "--memory-of", method]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(printed.splitlines()[-1])
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="BERT folder (default: random weights)")
+    parser.add_argument("--out", help="write the numbers to this JSON file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: %(default)s")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--peft", action="store_true", help="time PEFT's LoRA as well")
+    parser.add_argument("--memory-of", choices=(*METHODS, "peft"), help=argparse.SUPPRESS)
+    for name, default, text in (("rounds", 40, ""), ("warmup", 3, "rounds not counted "),
+                                ("batch-size", 32, ""), ("length", 64, "longest row, tokens "),
+                                ("rank", 8, "r = r2 ")):
+        parser.add_argument("--" + name, type=int, default=default,
+                            help=text + "(default: %(default)s)")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="BERT folder (default: random weights)")
-    parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds not counted (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=64, help="longest row, tokens (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=8, help="r = r2 (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--peft", action="store_true", help="time PEFT's LoRA as well")
-    parser.add_argument("--out", help="write the numbers to this JSON file")
-    parser.add_argument("--memory-of", choices=(*METHODS, "peft"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.micro_batch = None
-    if args.memory_of:
-        step = build_step(args.memory_of, args)
-        reset_peak_memory(args.device)
+    options, report = parse_arguments(argv), {}
+    if options.memory_of:
+        step = build_step(options.memory_of, options)
         for _ in range(3):
             step()
-        print(json.dumps(peak_memory(args.device)))  # null where the system does not tell
+        print(json.dumps(peak_memory(options.device)))  # null where the system does not tell
         return None
-    methods = [*METHODS, *(["peft"] if args.peft else [])]
-    seconds = time_methods(methods, args)
-    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()} CPU"
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, bf16 {args.bf16}, batch "
-          f"{args.batch_size} x {args.length}, rank {args.rank}, {args.rounds} rounds")
-    print(f"{'method':<14} {'s/step':<8} {'/ LoRA':<8} {'middle half':<16} peak MiB")
-    report = {}
-    for method in methods:
-        ratios = [b / a for a, b in zip(seconds["lora"], seconds[method])]
+    names = [*METHODS, *(["peft"] if options.peft else [])]
+    seconds = time_methods(names, options)
+    machine = f"{platform.machine()} CPU"
+    if torch.device(options.device).type == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, bf16 "
+          f"{options.bf16}, batch {options.batch_size} x {options.length}, rank {options.rank}, "
+          f"{options.rounds} rounds")
+    print(f"{'method':<14} {'s/step':<8} {'/ ' + FIRST:<8} {'middle half':<16} peak MiB")
+    for name in names:
+        ratios = [b / a for a, b in zip(seconds[FIRST], seconds[name])]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        report[method] = {"seconds": statistics.median(seconds[method]), "ratio": middle, "quartiles": [low, high],
-                          "peak_memory_bytes": memory_alone(method, argv)}
-        print(f"{method:<14} {report[method]['seconds']:<8.4f} {middle:<8.3f} {f'{low:.3f} - {high:.3f}':<16} "
-              f"{(report[method]['peak_memory_bytes'] or 0) / 2**20:.0f}")
-    if args.out:
-        with open(args.out + ".tmp", "w") as file:
-            json.dump({"config": vars(args), "machine": machine, "methods": report}, file, indent=2)
-        os.replace(args.out + ".tmp", args.out)
+        memory, typical = memory_alone(name, argv), statistics.median(seconds[name])
+        report[name] = {"seconds": typical, "ratio": middle, "quartiles": [low, high],
+                        "peak_memory_bytes": memory}
+        spread = f"{low:.3f} - {high:.3f}"
+        print(f"{name:<14} {typical:<8.4f} {middle:<8.3f} {spread:<16} {(memory or 0) / 2**20:.0f}")
+    if options.out:
+        result = {"config": vars(options), "machine": machine, "methods": report}
+        write_text(options.out, json.dumps(result, indent=2))
     return report
 
 

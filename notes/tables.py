@@ -1,5 +1,5 @@
-"""The tables of sharpness.py.  As a script: write them into the notes and README, between marks, from
-its JSON files.
+"""The tables of sharpness.py.  As a script: write them into the notes and README, between marks,
+from its JSON files.
 
     python notes/sharpness.py runs/demo --out notes/figures && python notes/tables.py
 
@@ -39,8 +39,10 @@ def quantities(part, result):
 def quantities_a(result):
     rows = {}
     for space, found in result.items():
-        rises = [(losses[0] + losses[-1]) / 2 - losses[len(losses) // 2] for losses in found["losses"]]
-        rows[f"{space} space, mean increase at alpha = ±{found['alphas'][-1]:g}"] = np.mean(rises).item()
+        rises = [(losses[0] + losses[-1]) / 2 - losses[len(losses) // 2]
+                 for losses in found["losses"]]
+        name = f"{space} space, mean increase at alpha = ±{found['alphas'][-1]:g}"
+        rows[name] = np.mean(rises).item()
     return rows
 
 
@@ -104,8 +106,8 @@ QUANTITIES = {"a": quantities_a, "b": quantities_b, "c": quantities_c, "d": quan
 
 
 def tables(results, runs):
-    """(Markdown, the same numbers): mean and standard error over the seeds, and of the difference to
-    the first method of the table, seed by seed.
+    """(Markdown, the same numbers): mean and standard error over the seeds, and of the difference
+    to the first method of the table, seed by seed.
 
     results: {part: {method: {seed: what was measured}}}.  runs: the metrics.json of each run.
     """
@@ -205,7 +207,8 @@ def filled(text, numbers):
 
 def main():
     numbers = measured()
-    for path in [*sorted(glob.glob(os.path.join(NOTES, "*.md"))), os.path.join(NOTES, "..", "README.md")]:
+    pages = sorted(glob.glob(os.path.join(NOTES, "*.md")))
+    for path in [*pages, os.path.join(NOTES, "..", "README.md")]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         write_text(path, filled(text, numbers))
