@@ -254,13 +254,17 @@ def load_runs(options):
 
 
 def require_same_files(then, now):
-    """ValueError where a file has another size than the one of its name that a run has read."""
-    sizes = {os.path.basename(path): (path, size) for path, size, *_ in then}
+    """ValueError where files have other sizes than those of their name that a run has read."""
+    before, after = {}, {}
+    for path, size, *_ in then:
+        before.setdefault(os.path.basename(path), []).append(size)
     for path in now:
-        before, size = sizes.get(os.path.basename(path), (None, None))
-        if before and os.stat(path).st_size != size:
-            raise ValueError(f"{path}: has {os.stat(path).st_size} bytes; the run read {before} "
-                             f"with {size}")
+        after.setdefault(os.path.basename(path), []).append(os.stat(path).st_size)
+    for path in now:
+        name = os.path.basename(path)
+        if name in before and sorted(before[name]) != sorted(after[name]):
+            raise ValueError(f"{path}: its size is among {after[name]}; the run read {name} of "
+                             f"{before[name]} bytes")
 
 
 # ------------------------------------------------------------------ what a method's perturbation is

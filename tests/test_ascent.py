@@ -18,6 +18,7 @@ from bilora import LoRALinear, bilora_step
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import ascent  # noqa: E402
+import methods  # noqa: E402
 
 
 def test_the_estimate_of_c_at_a_fixed_gradient():
@@ -42,30 +43,30 @@ def test_the_estimate_of_c_at_a_fixed_gradient():
     assert math.sqrt(sum(found) / len(found)) == pytest.approx(expected, rel=0.1)  # the estimate is for r2 << n
 
 
-RUN = ["--pretraining-steps", "0", "--limit", "16", "--batch-size", "16", "--epochs", "6", "--device", "cpu", "--lr", "1e-3",
-       "--seeds", "0", "1", "--label-noise", "0"]
+RUN = ["train_glue.py", "--limit", "16", "--batch-size", "16", "--epochs", "6", "--device", "cpu", "--lr", "1e-3", "--rho", "0.05",
+       "--seeds", "0", "1", "--label-noise", "0", "--jobs", "1"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, few_sentences):
     path, before = tmp_path_factory.mktemp("runs"), os.getcwd()
     os.chdir(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_glue, "EMBEDDED_TEST", 20)
+        patch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
         for out, more in (("lora", ["--method", "lora"]), ("one", ["--method", "bi-lora"]),
                           ("many", ["--method", "bi-lora", "--aux-lr", "0.5", "--rho", "0.002"]),
                           ("adamw", ["--method", "bi-lora", "--ascent", "adamw"])):
-            train_glue.main([*RUN, *more, "--snapshots", "7", "--out", out])
-    yield path
+            methods.main([*RUN, *more, "--snapshots", "7", "--out", out])
+        yield path
     os.chdir(before)
 
 
 def test_what_is_measured_and_predicted(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     report = ascent.main(["lora", "one", "many", "adamw", "--rows", "16", "--moments", "6", "--device", "cpu", "--out", "out"])
-    assert json.loads(json.dumps(report)) == json.load(open("out/embedded-ascent-c.json"))
-    assert os.path.getsize("out/embedded-ascent-c.png") > 5000
-    text = open("out/embedded-ascent-c.md").read()
+    assert json.loads(json.dumps(report)) == json.load(open("out/demo-ascent-c.json"))
+    assert os.path.getsize("out/demo-ascent-c.png") > 5000
+    text = open("out/demo-ascent-c.md").read()
     assert text in capsys.readouterr().out and "nan" not in text
     assert list(report["ascents"]) == ["sgd, 1", "sgd, 500", "adamw, 1"]
     logs = {name: [[json.loads(line) for line in open(f"{name}/bi-lora-seed{seed}/log.jsonl")] for seed in (0, 1)]
@@ -75,7 +76,7 @@ def test_what_is_measured_and_predicted(folder, monkeypatch, capsys):
         largest = [max(row["perturbation"] for row in log) for log in logs[name]]
         assert rows["largest c"]["mean"] == pytest.approx(sum(largest) / 2)
         assert rows["steps clipped"]["mean"] == pytest.approx(sum(row["clipped"] for log in logs[name] for row in log) / 12)
-        assert 1 <= rows["effective rank"]["mean"] <= 8 and rows["accuracy minus LoRA's"]["n"] == 2
+        assert 1 <= rows["effective rank"]["mean"] <= 8 and rows["accuracy minus lora's"]["n"] == 2
     assert report["ascents"]["sgd, 1"]["steps clipped"]["mean"] == 0 < report["ascents"]["sgd, 500"]["steps clipped"]["mean"]
     last = [log[-1]["perturbation"] for log in logs["one"]]
     assert report["ascents"]["sgd, 1"]["predicted c"]["mean"] == pytest.approx(sum(last) / 2, rel=0.1)
@@ -100,13 +101,13 @@ def test_the_noise_of_a_sample_is_not_taken_for_a_gradient_that_lasts(folder, mo
     monkeypatch.setattr(ascent, "batch_gradients", gradients)
     rates = [row["lr"] for row in ascent.read_log(run)]
     share = sum(8 / layer.in_features for layer in run.layers)
-    for end, c in ascent.predict(run, 8).items():
+    for end, c in ascent.predict(run, 8):
         squares = (sum(rates[:end]) * d) ** 2 + sum(rate**2 for rate in rates[:end]) * variance
         assert c == pytest.approx(2 / 3 * math.sqrt(share * squares), rel=1e-5)
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["one"], "expected runs of one task, LoRA's among them"), (["lora", "one/bi-lora-seed0"], "to have the seeds of LoRA's")])
+    (["one"], "expected runs of one task, by lora and by one other method"), (["lora", "one/bi-lora-seed0"], "to have the seeds of lora's")])
 def test_wrong_input_is_one_line(folder, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as stopped:

@@ -16,26 +16,28 @@ import torch.nn.functional as F
 
 import train_glue
 import train_gsm8k
-from bilora import auxiliary_parameters, bilora_step, lora_layers, lora_sam_step, merge_lora_, primary_parameters
-from test_steps import adapted, closure_of
+from bilora import lora_layers, merge_lora_, primary_parameters
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
+import methods  # noqa: E402
 import sharpness  # noqa: E402
 
-RUN = ["--pretraining-steps", "0", "--limit", "24", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
+ALL = ["lora", "lora-sam", "bi-lora", "bi-lora-power"]
+
+RUN = ["--limit", "24", "--epochs", "2", "--batch-size", "8", "--device", "cpu", "--jobs", "1", "--rho", "0.01", "0.05"]
 SMALL = ["--rows", "12", "--directions", "2", "--points", "3", "--grid", "2", "--radii", "0.1", "0.5", "--steps", "2", "--alphas", "0", "0.5",
          "--iterations", "2", "--moments", "2", "--batches", "2", "--device", "cpu", "--eval-rows", "3000"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, few_sentences):
     """All four methods with seed 0, two of them with seed 1, with snapshots."""
     path, before = tmp_path_factory.mktemp("runs"), os.getcwd()
     os.chdir(path)
     patch = pytest.MonkeyPatch()
-    patch.setattr(train_glue, "EMBEDDED_TEST", 60)
-    for methods, seed in ((train_glue.METHODS, "0"), (("lora", "lora-sam"), "1")):
-        train_glue.main([*RUN, "--method", *methods, "--seeds", seed, "--snapshots", "4", "--out", "out", "--lr", "0.01"])
+    patch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
+    for names, seed in ((ALL, "0"), (("lora", "lora-sam"), "1")):
+        methods.main(["train_glue.py", *RUN, "--method", *names, "--seeds", seed, "--snapshots", "4", "--out", "out", "--lr", "0.01"])
     yield str(path)
     patch.undo()
     os.chdir(before)
@@ -46,6 +48,12 @@ def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
 
+def plain_loss(model, rows):
+    """The mean cross-entropy of a model that judges sentences, each row by itself."""
+    logits = torch.cat([model(torch.tensor([ids])) for ids, *_ in rows])
+    return F.cross_entropy(logits, torch.tensor([label for *_, label in rows])).item()
+
+
 def a_run(method, *options):
     _, options = sharpness.parse_arguments([f"out/{method}-seed0", *SMALL, *options])
     (run,) = sharpness.load_runs(options)
@@ -54,21 +62,23 @@ def a_run(method, *options):
 
 @pytest.mark.pictures
 def test_all_parts_of_all_methods(capsys, monkeypatch):
-    runs = [*(f"out/{method}-seed0" for method in train_glue.METHODS), "out/lora-sam-seed1"]
+    runs = [*(f"out/{method}-seed0" for method in ALL), "out/lora-sam-seed1"]
     few = [*SMALL, "--ascent-epochs", "1", "--rows", "6", "--iterations", "1", "--steps", "1", "--moments", "1", "--batches", "1"]
     monkeypatch.setattr(sharpness, "ascent_rules", lambda lr, rules=sharpness.ascent_rules: dict(list(rules(lr).items())[::3]))
     report = sharpness.main([*runs, *few, "--out", "figures"])
     capsys.readouterr()
-    on_disk = json.load(open("figures/embedded-sharpness.json"))
-    assert on_disk == json.loads(json.dumps(report["embedded"]))
+    on_disk = json.load(open("figures/demo-sharpness.json"))
+    assert on_disk == json.loads(json.dumps(report["demo"]))
     measured = on_disk["measured"]
     assert {part: list(methods) for part, methods in measured.items()} == {
-        **{part: list(train_glue.METHODS) for part in ("a", "contour", "b", "c", "d", "g")}, "e": list(train_glue.METHODS[1:]), "f": ["bi-lora"]}
+        **{part: ALL for part in ("a", "contour", "b", "c", "d", "e", "g")}, "f": ["bi-lora"]}
+    assert {method for method, runs in measured["e"].items() if runs["0"]} == {*ALL[1:]}  # have a perturbation
+    assert {method for method, runs in measured["d"].items() if "ratio" in runs["0"]} == {"lora-sam"}
     assert {part: len(methods["lora-sam"]) for part, methods in measured.items() if part != "f"} == {
         "a": 2, "contour": 1, "b": 2, "c": 2, "d": 2, "e": 2, "g": 2}
     for name in ("landscapes", "contour", "adversarial", "worst-case", "perturbations", "adversity", "ascent", "gap"):
-        assert os.path.getsize(f"figures/embedded-{name}.png") > 5000
-    text = open("figures/embedded-sharpness.md").read()
+        assert os.path.getsize(f"figures/demo-{name}.png") > 5000
+    text = open("figures/demo-sharpness.md").read()
     assert text.count("\n| ") > 40 and "nan" not in text
     assert not [name for name in os.listdir("figures") if name.endswith(".tmp")]
     for part in "abcdeg":  # numbers, all of them finite
@@ -80,9 +90,9 @@ def test_all_parts_of_all_methods(capsys, monkeypatch):
     monkeypatch.setattr(sharpness, "DRAWINGS", {part: (name, print) for part, (name, _) in sharpness.DRAWINGS.items()})
     monkeypatch.setattr(sharpness, "MEASURES", {part: measured_again for part in sharpness.MEASURES})
     again = sharpness.main([*runs, *few, "--out", "figures"])
-    assert again["embedded"]["tables"] == report["embedded"]["tables"]
-    cached = sharpness.main([*runs, "--cached", "--rows", "3", "--out", "redrawn"])["embedded"]  # with its own settings
-    assert cached == again["embedded"] and cached["settings"]["c"]["rows"] == 6
+    assert again["demo"]["tables"] == report["demo"]["tables"]
+    cached = sharpness.main([*runs, "--cached", "--rows", "3", "--out", "redrawn"])["demo"]  # with its own settings
+    assert cached == again["demo"] and cached["settings"]["c"]["rows"] == 6
     with pytest.raises(AssertionError):
         sharpness.main([*runs, *few, "--out", "figures", "--seed", "1"])
 
@@ -90,7 +100,6 @@ def test_all_parts_of_all_methods(capsys, monkeypatch):
 def test_what_was_measured_goes_with_the_run(tmp_path, monkeypatch, capsys):
     """A run that is made anew in the same folder has no old measurements; mixed settings are not drawn together."""
     shutil.copytree("out", tmp_path / "out")
-    shutil.copytree("runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     for seed, rows in (("0", "4"), ("1", "5")):
         sharpness.main([f"out/lora-seed{seed}", *SMALL, "--rows", rows, "--parts", "c", "--out", "figures"])
@@ -98,12 +107,12 @@ def test_what_was_measured_goes_with_the_run(tmp_path, monkeypatch, capsys):
         sharpness.main(["out", "--cached", "--out", "mixed"])
     assert stopped.value.code == 2 and "was measured with {'rows'" in capsys.readouterr().err
     assert not os.path.exists("mixed")
-    train_glue.main([*RUN, "--method", "lora", "--seeds", "1", "--out", "out"])
+    train_glue.main([*RUN, "--method", "lora", "--seeds", "1", "--out", "out", "--overwrite"])
     assert os.path.exists("out/lora-seed0/sharpness.json") and not os.path.exists("out/lora-seed1/sharpness.json")
 
 
 def test_mean_and_standard_error_over_seeds():
-    report = sharpness.main(["out", *SMALL, "--rows", "6", "--steps", "1", "--iterations", "1", "--parts", "c", "--out", "other"])["embedded"]
+    report = sharpness.main(["out", *SMALL, "--rows", "6", "--steps", "1", "--iterations", "1", "--parts", "c", "--out", "other"])["demo"]
     values = {m: [r["full"]["eigenvalue"] for r in runs.values()] for m, runs in report["measured"]["c"].items()}
     entry = report["tables"]["c"]["full space, largest eigenvalue"]
     one, two = values["lora-sam"]
@@ -119,8 +128,7 @@ def test_centre_and_scores_are_those_of_the_merged_model(method):
     run, options = a_run(method)
     a, b = sharpness.measure_a(run, options), sharpness.measure_b(run, options)
     model = merge_lora_(copy.deepcopy(run.model))
-    ids, _, mask, labels = train_glue.collate(run.sample, 0, "cpu")
-    loss = F.cross_entropy(model(ids, mask), labels).item()
+    loss = plain_loss(model, run.sample)
     metrics = json.load(open(f"out/{method}-seed0/metrics.json"))["metrics"]
     for space in ("LoRA", "full"):
         for row in a[space]["losses"]:
@@ -135,28 +143,23 @@ def test_scores_are_those_at_the_moved_weights():
     """Part b at an alpha that changes them, beside a copy of the model whose frozen weights were moved by hand."""
     run, options = a_run("lora")
     options.alphas = [0.0, 30.0]
-    found, model, (_, sets) = sharpness.measure_b(run, options)["full"], copy.deepcopy(run.model), run.data
+    found, model, rows = sharpness.measure_b(run, options)["full"], copy.deepcopy(run.model), run.data.sets["dev"]
     weights = [layer.weight.requires_grad_(True) for layer in run.layers]
     sum(loss() for loss in run.losses(run.sample)).backward()
     total = math.sqrt(sum(w.grad.square().sum().item() for w in weights))
     for layer, w in zip(lora_layers(model), weights):
         layer.weight.data += 30.0 * w.grad / total
-    predictions = train_glue.predict(model, run.experiment, sets["test"], run.args)
-    right = [p == label for p, (*_, label) in zip(predictions, sets["test"])]
+    right = [p == label for p, (*_, label) in zip(train_glue.predict(run.args, model, run.data, rows), rows)]
     assert found["accuracy"] == [pytest.approx(found["accuracy"][0]), pytest.approx(sum(right) / len(right))]
-    ids, _, mask, labels = train_glue.collate(run.sample, 0, "cpu")
-    assert found["loss"][1] == pytest.approx(F.cross_entropy(model(ids, mask), labels).item(), rel=1e-4)
+    assert found["loss"][1] == pytest.approx(plain_loss(model, run.sample), rel=1e-4)
     assert found["loss"][1] > 1.5 * found["loss"][0]
 
 
 def test_gap_is_that_of_the_two_losses():
     """At the last snapshot, the run's own score, and losses of the merged model."""
     run, options = a_run("bi-lora")
-    found, model, (_, sets) = sharpness.measure_g(run, options), merge_lora_(copy.deepcopy(run.model)), run.data
-    losses = []
-    for rows in (run.sample, sets["test"]):
-        ids, _, mask, labels = train_glue.collate(rows, 0, "cpu")
-        losses.append(F.cross_entropy(model(ids, mask), labels).item())
+    found, model = sharpness.measure_g(run, options), merge_lora_(copy.deepcopy(run.model))
+    losses = [plain_loss(model, rows) for rows in (run.sample, run.data.sets["dev"])]
     assert found["step"] == [2, 6] and found["training loss"][-1] == pytest.approx(losses[0], rel=1e-5)
     assert found["evaluation loss"][-1] == pytest.approx(losses[1], rel=1e-5)
     assert found["gap"][-1] == pytest.approx(losses[1] - losses[0], abs=1e-5)
@@ -224,14 +227,14 @@ def test_sams_own_perturbation_is_fully_adversarial(sign, of, monkeypatch):
     """Where the method's perturbation is +-rho G / ||G||, its cosine is +-1 and its gain near +-1, of the batch or over the sample."""
     run, options = a_run("bi-lora")
 
-    def sam(run, losses):
-        losses = losses if of == "batch" else run.losses(run.sample)
+    def sam(run, batch):
+        losses = run.losses(batch if of == "batch" else run.sample)
         weights = [layer.weight.requires_grad_(True) for layer in run.layers]
         grads = torch.autograd.grad(sum(loss() for loss in losses), weights)
         total = math.sqrt(sum(g.square().sum().item() for g in grads))
         for w in weights:
             w.requires_grad_(False)
-        return [sign * 1e-3 * g / total for g in grads]
+        return [sign * 1e-3 * g / total for g in grads], []
 
     monkeypatch.setattr(sharpness, "perturbation", sam)
     found = sharpness.measure_e(run, options)
@@ -250,7 +253,8 @@ def test_bi_loras_perturbation_is_what_training_adds():
     steps, pairs = [path for _, path in run.snapshots()], []
     for path in steps:
         run.put(path)
-        eps = sharpness.perturbation(run, None)
+        eps, moves = sharpness.perturbation(run, run.batches[0])
+        assert not any(move.any() for move in moves)
         for layer, e in zip(run.layers, eps):
             eye = torch.eye(layer.in_features)
             torch.testing.assert_close(e.T, layer.train()(eye) - layer.eval()(eye), rtol=1e-3, atol=1e-6)
@@ -263,21 +267,22 @@ def test_bi_loras_perturbation_is_what_training_adds():
         assert found["between"][i] == cosine(*pairs[i])
 
 
-def test_lora_sams_perturbation_is_what_its_step_does():
-    """W at the second pass of lora_sam_step minus W at the first."""
+def test_lora_sams_perturbation_is_eq_4():
+    """rho g / ||g|| of B1 and A1, and what this is in W; the model is left as it was."""
     run, _ = a_run("lora-sam")
-    losses, seen = run.losses(run.batches[0]), []
-    expected = sharpness.perturbation(run, losses)
-
-    def closure():
-        seen.append([layer.delta().detach().clone() for layer in run.layers])
-        loss = sum(loss() for loss in losses)
-        loss.backward()
-        return loss
-
-    lora_sam_step(torch.optim.SGD(primary_parameters(run.model), lr=0.0), closure, 0.01)
-    for eps, first, second in zip(expected, *seen):
-        torch.testing.assert_close(eps, second - first, rtol=1e-3, atol=1e-7)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    eps, moves = sharpness.perturbation(run, run.batches[0])
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    params = primary_parameters(run.model)
+    grads = torch.autograd.grad(sum(loss() for loss in run.losses(run.batches[0])), params)
+    total = math.sqrt(sum(g.square().sum().item() for g in grads))
+    expected = [0.01 * g / total for g in grads]
+    for move, right in zip(moves, expected, strict=True):
+        torch.testing.assert_close(move, right, rtol=1e-3, atol=1e-7)
+    for layer, e, B, A in zip(run.layers, eps, expected[::2], expected[1::2], strict=True):
+        moved = layer.scale * ((layer.lora_B + B) @ (layer.lora_A + A) - layer.lora_B @ layer.lora_A)
+        torch.testing.assert_close(e, moved.detach(), rtol=1e-3, atol=1e-7)
 
 
 def test_the_watched_ascent_trains_as_the_script_does(monkeypatch):
@@ -308,21 +313,21 @@ def test_the_watched_ascent_trains_as_the_script_does(monkeypatch):
 
 def test_runs_of_the_other_script(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train_gsm8k.main(["--pretraining-steps", "0", "--limit", "6", "--eval-limit", "3", "--max-new-tokens", "4", "--epochs", "1", "--no-bf16",
-                      "--method", "bi-lora", "--seeds", "0", "--snapshots", "2", "--device", "cpu", "--out", "out"])
+    methods.main(["train_gsm8k.py", "--limit", "6", "--eval-limit", "3", "--max-new-tokens", "4", "--epochs", "1", "--jobs", "1",
+                  "--method", "bi-lora", "--seeds", "0", "--snapshots", "2", "--device", "cpu", "--out", "out"])
     small = [*SMALL[:-2], "--rows", "4"]
     report = sharpness.main(["out", *small, "--parts", "b", "e", "--out", "figures"])
-    assert list(report) == ["gsm8k-embedded"]
-    assert report["gsm8k-embedded"]["measured"]["b"]["bi-lora"][0]["full"]["no_marker"] == [1.0, 1.0]
+    assert list(report) == ["gsm8k-demo"]
+    assert report["gsm8k-demo"]["measured"]["b"]["bi-lora"][0]["full"]["no_marker"] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("argv, named", [
     (["nowhere"], "nowhere"), (["empty"], "no finished run"), (["out", "--parts", "z"], "'z'"), (["out", "--rows", "0"], "'0'"), (["out", "--points", "4"], "odd"),
     (["bare"], "no snapshots"), (["other"], "the run read"), (["broken"], "not a JSON object"), (["older"], "no 'files'"),
-    (["torn"], "not a snapshot"), (["foreign"], "other tensors")])
+    (["torn"], "not a snapshot"), (["foreign"], "other tensors"), (["unknown"], "the method is 'mine'; expected one of lora, ")])
 def test_wrong_input_is_one_line(argv, named, capsys, folder):
     os.makedirs("empty", exist_ok=True)
-    for name in ("bare", "other", "broken", "older", "torn", "foreign"):
+    for name in ("bare", "other", "broken", "older", "torn", "foreign", "unknown"):
         shutil.rmtree(name, ignore_errors=True)
         shutil.copytree("out/lora-seed0", name, ignore=shutil.ignore_patterns("sharpness.json"))
     shutil.rmtree("bare/snapshots")
@@ -332,6 +337,7 @@ def test_wrong_input_is_one_line(argv, named, capsys, folder):
     config = json.load(open("older/config.json"))
     del config["files"], config["momentum"]
     json.dump(config, open("older/config.json", "w"))
+    json.dump({**json.load(open("unknown/config.json")), "method": "mine"}, open("unknown/config.json", "w"))
     open("broken/config.json", "w").write("[")
     open("torn/snapshots/step-000006.pt", "w").write("torn")
     torch.save({}, "foreign/snapshots/step-000006.pt")
