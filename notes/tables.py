@@ -105,39 +105,39 @@ QUANTITIES = {"a": quantities_a, "b": quantities_b, "c": quantities_c, "d": quan
               "e": quantities_e, "f": quantities_f, "g": quantities_g}
 
 
-def tables(results, runs):
+def tables(results, finished):
     """(Markdown, the same numbers): mean and standard error over the seeds, and of the difference
     to the first method of the table, seed by seed.
 
-    results: {part: {method: {seed: what was measured}}}.  runs: the metrics.json of each run.
+    results: {part: {method: {seed: what was measured}}}.  finished: the metrics.json of each run.
     """
     text, numbers, scores = [], {}, {}
-    for run in runs:
+    for run in finished:
         scores.setdefault(run["method"], {})[run["seed"]] = run["metrics"]
     found = {"scores": {method: scores[method] for method in METHODS if method in scores}}
     for part in [part for part in results if part != "contour"]:
         found[part] = {method: {seed: quantities(part, result) for seed, result in seeds.items()}
                        for method, seeds in results[part].items()}
-    for part, methods in found.items():
-        methods = {method: seeds for method, seeds in methods.items() if any(seeds.values())}
-        names = dict.fromkeys(name for seeds in methods.values() for values in seeds.values()
+    for part, runs in found.items():
+        runs = {method: seeds for method, seeds in runs.items() if any(seeds.values())}
+        names = dict.fromkeys(name for seeds in runs.values() for values in seeds.values()
                               for name in values)
-        text += ["", f"| {part} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+        text += ["", f"| {part} | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
         for name in names:
-            entries = {method: entry_of(methods, method, name) for method in methods}
+            entries = {method: entry_of(runs, method, name) for method in runs}
             numbers.setdefault(part, {})[name] = entries
             text.append(f"| {name} | " + " | ".join(map(text_of, entries.values())) + " |")
     return "\n".join(text) + "\n", numbers
 
 
-def entry_of(methods, method, name):
+def entry_of(runs, method, name):
     """{"value", and "difference" to the first method of the table} of one quantity, where there are
     such numbers."""
-    values = {seed: row[name] for seed, row in methods[method].items() if row.get(name) is not None}
+    values = {seed: row[name] for seed, row in runs[method].items() if row.get(name) is not None}
     entry = {"value": mean_stderr(list(values.values()))} if values else {}
     first = next(iter(METHODS))
     if method != first:
-        base = {seed: row.get(name) for seed, row in methods.get(first, {}).items()}
+        base = {seed: row.get(name) for seed, row in runs.get(first, {}).items()}
         paired = [values[seed] - base[seed] for seed in values if base.get(seed) is not None]
         if paired:
             entry["difference"] = mean_stderr(paired)
@@ -173,9 +173,9 @@ def measured():
 
 def table(mark, numbers):
     """The Markdown lines that belong between a mark and its end."""
-    tasks, part, methods, *starts = shlex.split(mark)
+    tasks, part, columns, *starts = shlex.split(mark)
     tasks = list(numbers) if tasks == "*" else tasks.split(",")
-    methods = list(METHODS) if methods == "*" else methods.split(",")
+    wanted = list(METHODS) if columns == "*" else columns.split(",")
     found = {task: numbers[task].get(part, {}) for task in tasks}
     names = dict.fromkeys(name for rows in found.values() for name in rows)
     rows = [name for name in names if name.startswith(tuple(starts or [""]))]
@@ -183,14 +183,14 @@ def table(mark, numbers):
         if not any(name.startswith(start) for name in names):
             raise ValueError(f"<!-- table: {mark} -->: nothing that was measured begins with "
                              f"{start!r}")
-    columns = [(task, method) for task in tasks for method in methods
+    columns = [(task, method) for task in tasks for method in wanted
                if any(found[task].get(name, {}).get(method) for name in rows)]
     if not columns:
         raise ValueError(f"<!-- table: {mark} -->: none of these methods was measured")
     heads = [f"{task}, {method}" for task, method in columns]
     if len(tasks) == 1:
         heads = [method for _, method in columns]
-    elif len(methods) == 1:
+    elif len(wanted) == 1:
         heads = [task for task, _ in columns]
     lines = [["", *heads], ["---"] * (len(columns) + 1)]
     for name in rows:

@@ -4,15 +4,20 @@ Oracles: the singular value decomposition of G; projectors from pseudo-inverses,
 matrices (test_steps.py).  Float64.  The ball is that of (10): the norm of B2 A2, without s.
 """
 
+import os
+import sys
+
 import pytest
 import torch
 import torch.nn as nn
 
-from bilora import (LoRALinear, auxiliary_parameters, bilora_optimizers, bilora_power_step, lora_layers, perturbation_norm,
-                    primary_parameters, turn_perturbation_)
+from bilora import LoRALinear, auxiliary_parameters, bilora_optimizers, lora_layers, perturbation_norm, primary_parameters
 from test_propositions import RHO, best_of_rank, product
 from test_steps import (LAYERS, adapted, assert_same_bits, batch, closure_of, close, global_norm,  # noqa: F401
                         plain_gradients, snapshot)
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
+from methods import bilora_power_step, turn_perturbation_  # noqa: E402
 
 
 def linear_loss(shapes, aux_rank, alphas=(2, 3)):

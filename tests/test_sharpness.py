@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 import train_glue
-import train_gsm8k
 from bilora import lora_layers, merge_lora_, primary_parameters
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))

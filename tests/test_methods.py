@@ -1,0 +1,166 @@
+"""notes/methods.py: a method that is added to the table works everywhere; snapshots; its processes.
+
+Oracles: the same command in one process, or without an interruption, bit for bit; Eq. (4) for what
+a method's closure tells of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_glue
+from bilora import bilora_step, lora_sam_step
+from train_glue import METHODS, Method
+
+NOTES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "notes")
+sys.path.insert(0, NOTES)
+import methods  # noqa: E402
+import sharpness  # noqa: E402
+import sweep  # noqa: E402
+
+RUN = ["--limit", "24", "--epochs", "2", "--batch-size", "8", "--device", "cpu", "--jobs", "1",
+       "--seeds", "0"]
+WORDS = ["--limit", "6", "--epochs", "1", "--eval-limit", "2", "--max-new-tokens", "4",
+         "--device", "cpu", "--jobs", "1", "--seeds", "0"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch, few_sentences):
+    """An empty folder, the demo with few sentences; afterwards the table of methods is as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
+    before = dict(METHODS)
+    yield tmp_path
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def adapter(folder):
+    (path,) = folder.glob("adapter_model.*")
+    return path.read_bytes()
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.pictures
+def test_a_method_in_three_lines_works_everywhere(folder, capsys):
+    def mine(run, closure):
+        return {"loss": lora_sam_step(run.descent, closure, run.rho), "perturbation": run.rho}
+    methods.add({"mine": Method(mine)})
+
+    names = ["--method", "lora", "mine", "--rho", "0.3"]
+    report = methods.main(["train_glue.py", *RUN, *names, "--snapshots", "3", "--out", "glue"])
+    assert list(report["summary"]) == ["lora", "mine"] and "mine" in report["difference"]
+    assert adapter(folder / "glue/mine-seed0") != adapter(folder / "glue/lora-seed0")
+    assert all(row["perturbation"] == 0.3 for row in log_of(folder / "glue/mine-seed0"))
+    report = methods.main(["train_gsm8k.py", *WORDS, *names, "--snapshots", "2", "--out", "words"])
+    assert list(report["summary"]) == ["lora", "mine"]
+
+    small = ["--rows", "8", "--moments", "1", "--batches", "1", "--points", "3", "--grid", "2",
+             "--directions", "1", "--radii", "0.1", "--steps", "1", "--iterations", "1",
+             "--alphas", "0", "--device", "cpu", "--out", "figures", "--parts"]
+    for out, task, asked in (("glue", "demo", [*sharpness.MEASURES]),
+                             ("words", "gsm8k-demo", ["c", "d", "e", "g"])):
+        parts = sharpness.main([out, *small, *asked])[task]["measured"]
+        assert parts.keys() == {*asked} - {"f"}
+        assert all(list(found) == ["lora", "mine"] for found in parts.values())
+        for part in parts:
+            name, _ = sharpness.DRAWINGS[part]
+            assert os.path.getsize(f"figures/{task}-{name}.png") > 5000
+        assert parts["e"]["mine"][0]["norm"][0] > 0 and parts["e"]["lora"][0] == {}
+        assert "epsB_epsA" in parts["d"]["mine"][0] and "ratio" not in parts["d"]["lora"][0]
+
+    report = sweep.main(["train_glue.py", "--x", "rho", "0", "0.5", "--out", "grid", "--", *RUN,
+                         "--method", "mine"])
+    assert [(cell["x"], cell["method"], cell["n"]) for cell in report["cells"]] == [
+        (0.0, "mine", 1), (0.5, "mine", 1)]
+    assert adapter(folder / "grid/rho-0.0/mine-seed0") != adapter(
+        folder / "grid/rho-0.5/mine-seed0")
+    assert os.path.getsize("grid/sweep-mine.png") > 5000
+
+
+def test_what_a_method_keeps_is_saved_with_the_run(folder, monkeypatch):
+    """A radius that grows with each step: interrupted and resumed is the same as not interrupted."""
+    def growing(run, closure):
+        run.state["steps"] = run.state.get("steps", 0) + 1
+        rho = run.rho * run.state["steps"] / run.steps
+        loss = bilora_step(run.descent, run.ascent, closure, run.layers, rho)
+        return {"loss": loss, "radius": rho}
+    methods.add({"growing": Method(growing, auxiliary=True)})
+
+    argv = ["train_glue.py", *RUN, "--method", "growing", "--aux-lr", "50", "--rho", "0.06",
+            "--save-every", "1", "--snapshots", "7"]
+    methods.main([*argv, "--out", "whole"])
+    backward, calls = train_glue.forward_backward, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return backward(*args)
+
+    monkeypatch.setattr(train_glue, "forward_backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        methods.main([*argv, "--out", "parts"])
+    methods.main([*argv, "--out", "parts", "--resume"])
+    whole, parts = folder / "whole/growing-seed0", folder / "parts/growing-seed0"
+    assert adapter(whole) == adapter(parts)
+    radii = [row["radius"] for row in log_of(parts)]
+    assert radii == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05, 0.06])
+    names = sorted(path.name for path in (whole / "snapshots").iterdir())
+    assert names == [f"step-{step:06d}.pt" for step in range(7)]
+    for name in names:
+        one, two = (torch.load(place / "snapshots" / name) for place in (whole, parts))
+        assert one.keys() == two.keys() and any("aux_B" in key for key in one)
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+
+
+def test_processes_know_the_methods(folder):
+    """--jobs 2 of the program itself gives the digits of one process."""
+    argv = ["train_glue.py", *RUN, "--data", train_glue.TASKS["demo"].settings["data"], "--seeds",
+            "0", "1", "--method", "bi-lora-power", "--momentum", "0.9", "--snapshots", "2"]
+    command = [sys.executable, "-W", "error", os.path.join(NOTES, "methods.py"), *argv]
+    done = subprocess.run([*command, "--jobs", "2", "--out", "two"], capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "| bi-lora-power |" in done.stdout
+    methods.main([*argv, "--out", "one"])
+    for seed in (0, 1):
+        one, two = (folder / out / f"bi-lora-power-seed{seed}" for out in ("one", "two"))
+        assert adapter(one) == adapter(two)
+        assert len(list((two / "snapshots").iterdir())) == 2
+
+
+def test_momentum_is_that_of_the_power_rule(folder):
+    for out, momentum in (("less", "0.1"), ("more", "0.9")):
+        methods.main(["train_glue.py", *RUN, "--method", "bi-lora-power", "bi-lora", "--momentum",
+                      momentum, "--out", out])
+    power, plain = ([adapter(folder / out / f"{name}-seed0") for out in ("less", "more")]
+                    for name in ("bi-lora-power", "bi-lora"))
+    assert power[0] != power[1] and plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["train_glue.py", "--method", "mine"], "invalid choice: 'mine'"),
+    (["train_gsm8k.py", "--method", "mine"], "invalid choice: 'mine'"),
+    (["train_glue.py", "--momentum", "1"], "--momentum: '1', expected float >= 0 and < 1"),
+    (["train_glue.py", "--snapshots", "-1"], "--snapshots: '-1', expected int >= 0"),
+    (["train.py"], "invalid choice: 'train.py'"), ([], "script")])
+def test_wrong_input_is_one_line(argv, message, capsys, folder):
+    with pytest.raises(SystemExit) as stopped:
+        methods.main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and message in error
+    assert not list(folder.iterdir())
+
+
+def test_a_sweep_refuses_an_unknown_method(capsys, folder):
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(["train_glue.py", "--x", "rho", "1", "--", *RUN, "--method", "mine"])
+    assert stopped.value.code == 2 and "invalid choice: 'mine'" in capsys.readouterr().err
