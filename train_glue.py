@@ -613,7 +613,7 @@ def finish_run(run, more):
               "step_seconds": statistics.median(row["seconds"] for row in log),
               "peak_memory_bytes": peak_memory(run.args.device)}
     write_text(os.path.join(folder, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
-    save_adapter(model, folder, model.module_names)
+    save_adapter(model, folder, model.module_names, write_safetensors)
     draw_curves([result], os.path.join(folder, "curves.png"))
     write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))
     with contextlib.suppress(FileNotFoundError):

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 
 from bilora import add_lora, auxiliary_parameters, load_adapter, lora_layers, merge_lora_, primary_parameters, save_adapter
+from model import read_safetensors, write_safetensors
 from test_steps import Net, adapted, assert_same_bits, snapshot
 
 
@@ -65,13 +66,13 @@ def test_merge_rounds_once(dtype):
     assert ((net[0].weight.double() - exact).abs() <= half_ulp * (1 + 1e-3)).all()
 
 
-def test_merge_of_a_layer_and_under_autocast():
-    layer = prepared().first
-    expected = layer.weight + 3.0 * layer.lora_B @ layer.lora_A
+def test_merge_under_autocast():
+    net = prepared()
+    expected = net.first.weight + 3.0 * net.first.lora_B @ net.first.lora_A
     with torch.autocast("cpu", torch.bfloat16):
-        merged = merge_lora_(layer)
-    assert type(merged) is nn.Linear
-    torch.testing.assert_close(merged.weight, expected, rtol=1e-6, atol=1e-6)
+        merge_lora_(net)
+    assert type(net.first) is nn.Linear
+    torch.testing.assert_close(net.first.weight, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_merge_leaves_a_shared_base_weight_alone():
@@ -105,7 +106,7 @@ def test_round_trip_in_a_fresh_process(tmp_path):
 def test_file_layout(tmp_path):
     net = prepared()
     save_adapter(net, tmp_path, rename={"first": "model.query", "head": "model.score"})
-    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.bin"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.bin", "base_fingerprint.txt"]
     tensors = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
     names = {"model.query": net.first, "shared": net.shared, "last": net.last}
     assert tensors.keys() == {f"base_model.model.{name}.lora_{f}.weight" for name in names for f in "AB"} | {
@@ -172,21 +173,19 @@ def put(name, value):
 
 
 @pytest.mark.parametrize("make, edit, message", [
-    *[(other_base(name, tensor), None, "base_fingerprint is")
+    *[(other_base(name, tensor), None, "base_fingerprint.txt: the base is")
       for name in ("first", "shared", "last") for tensor in ("weight", "bias")],
-    (exchanged_layers, None, "base_fingerprint is"),
+    (exchanged_layers, None, "first.lora_A.weight is (2, 6), the model's is (2, 5)"),
     (lambda: prepared(rank=3), None, "r is 2, the model's is 3"),
     (lambda: prepared(alpha=7), None, "lora_alpha is 6, the model's is 7"),
-    (lambda: prepared(targets="first|last"), None, "target_modules is"),
-    (prepared, drop("last.lora_B.weight"), "last.lora_B.weight is missing"),
+    (lambda: prepared(targets="first|last"), None, "shared.lora_A.weight is (2, 5), the model's is missing"),
+    (prepared, drop("last.lora_B.weight"), "last.lora_B.weight is missing, the model's is (4, 2)"),
     (prepared, drop("head.bias"), "head.bias is missing"),
-    (lambda: prepared(head=False), None, "head.weight is unexpected"),
-    (prepared, put("first.weight", torch.zeros(5, 6)), "first.weight is unexpected"),
-    (prepared, put("last.aux_A.weight", torch.zeros(2, 5)), "last.aux_A.weight is unexpected"),
-    (prepared, put("last.lora_B.weight", torch.zeros(4, 3)), "last.lora_B.weight is not a tensor of shape (4, 2)"),
-    (prepared, put("last.lora_B.weight", 3.0), "last.lora_B.weight is not a tensor of shape (4, 2)"),
-    (prepared, put("last.lora_B.weight", torch.zeros(4, 2, dtype=torch.long)), "last.lora_B.weight is not a dense"),
-    (prepared, put("last.lora_B.weight", torch.zeros(4, 2).to_sparse()), "last.lora_B.weight is not a dense"),
+    (lambda: prepared(head=False), None, "head.weight is (3, 4), the model's is missing"),
+    (prepared, put("first.weight", torch.zeros(5, 6)), "first.weight is (5, 6), the model's is missing"),
+    (prepared, put("last.aux_A.weight", torch.zeros(2, 5)), "last.aux_A.weight is (2, 5), the model's is missing"),
+    (prepared, put("last.lora_B.weight", torch.zeros(4, 3)), "last.lora_B.weight is (4, 3), the model's is (4, 2)"),
+    (prepared, put("last.lora_B.weight", 3.0), "last.lora_B.weight is 3.0, the model's is (4, 2)"),
 ])
 def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path, make, edit, message):
     save_adapter(prepared(seed=5), tmp_path)
@@ -202,13 +201,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path, make, edit
     assert_same_bits(net, before)
 
 
-@pytest.mark.parametrize("key", ["peft_type", "bias", "r", "lora_alpha", "target_modules"])
+@pytest.mark.parametrize("key", ["peft_type", "bias", "r", "lora_alpha"])
 def test_every_setting_has_to_be_there(tmp_path, key):
     save_adapter(prepared(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     del config[key]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{key} is None"):
+    with pytest.raises(ValueError, match=f"{key} is missing"):
         load_adapter(prepared(), tmp_path)
 
 
@@ -218,10 +217,10 @@ def test_every_setting_has_to_be_there(tmp_path, key):
     ("layer_replication", [[0, 1]]), ("something_new", 1),
 ])
 def test_settings_of_peft_that_make_another_layer_are_refused(tmp_path, key, value):
-    """Without the fingerprint the folder is one that PEFT wrote; its other settings change nothing."""
+    """Without the fingerprint the folder is one that PEFT wrote; its harmless settings change nothing."""
     save_adapter(prepared(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    del config["base_fingerprint"]
+    os.remove(tmp_path / "base_fingerprint.txt")
     config |= {"target_modules": ["first", "last", "shared"], "peft_version": "0.21.2", "layers_to_transform": None,
                "revision": "main", "lora_dropout": 0.1, "rank_pattern": {}, "use_dora": False, "init_lora_weights": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -234,31 +233,48 @@ def test_settings_of_peft_that_make_another_layer_are_refused(tmp_path, key, val
     assert_same_bits(net, before)
 
 
-def test_a_reader_of_another_format(tmp_path):
-    """It gets the path that PEFT writes to, and only where there is no adapter_model.bin; saving beside such a file is refused."""
-    net, other, calls = prepared(), prepared(seed=5), []
-    save_adapter(net, tmp_path)
-    tensors = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+def test_safetensors_by_a_writer_and_a_reader(tmp_path):
+    """Both get paths of adapter_model.safetensors; the writer's is another until all files are written."""
+    net, other, paths = prepared(), prepared(seed=5), []
 
     def read(path):
-        calls.append(path)
-        return tensors
+        paths.append(path)
+        return read_safetensors(path)
 
+    save_adapter(net, tmp_path, write=lambda path, tensors: (paths.append(path), write_safetensors(path, tensors)))
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors", "base_fingerprint.txt"]
     load_adapter(other, tmp_path, read=read)
-    assert not calls
-    os.rename(tmp_path / "adapter_model.bin", tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="adapter_model.safetensors: expected `read`"):
-        load_adapter(prepared(seed=5), tmp_path)
-    other = prepared(seed=5)
-    load_adapter(other, tmp_path, read=read)
-    assert calls == [str(tmp_path / "adapter_model.safetensors")]
+    assert [path.name for path in paths] == ["adapter_model.safetensors"] * 2
+    assert paths[0] != paths[1] == tmp_path / "adapter_model.safetensors"
     assert all(torch.equal(p, q) for p, q in zip(primary_parameters(other), primary_parameters(net)))
-    tensors.pop("base_model.model.last.lora_B.weight")
-    with pytest.raises(ValueError, match="adapter_model.safetensors: .*last.lora_B.weight is missing"):
-        load_adapter(other, tmp_path, read=read)
-    with pytest.raises(ValueError, match="adapter_model.safetensors: another adapter is here"):
-        save_adapter(net, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert_same_bits(other.head, snapshot(net.head))
+    with pytest.raises(ValueError, match="adapter_model.safetensors: expected `read`"):
+        load_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match="head.bias is missing"):
+        load_adapter(other, tmp_path, read=lambda path: {key: t for key, t in read(path).items() if "head.bias" not in key})
+
+
+def test_two_adapter_files_are_refused(tmp_path):
+    """Saving one kind beside the other, and loading where both are; nothing is written or copied."""
+    names = ["adapter_model.bin", "adapter_model.safetensors"]
+    for name, other, write in ((*names, write_safetensors), (*names[::-1], None)):
+        folder, net = tmp_path / name, prepared()
+        save_adapter(net, folder, write=None if write else write_safetensors)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ValueError, match=f"{other} cannot stand beside {name}"):
+            save_adapter(prepared(seed=5), folder, write=write)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        (folder / other).write_bytes(b"")
+        with pytest.raises(ValueError, match="adapter_model.safetensors cannot stand beside adapter_model.bin"):
+            load_adapter(net, folder, read=read_safetensors)
+
+
+def test_settings_are_those_that_peft_knows(tmp_path):
+    """The keys of the files that PEFT wrote into tests/golden."""
+    save_adapter(prepared(), tmp_path)
+    theirs = os.path.join(os.path.dirname(__file__), "golden", "bert", "peft", "adapter_config.json")
+    ours, written = (json.loads(open(path).read()) for path in (tmp_path / "adapter_config.json", theirs))
+    assert ours.keys() <= written.keys()
 
 
 class Payload:
@@ -296,19 +312,23 @@ def test_broken_files(tmp_path, name, content):
         load_adapter(net, tmp_path)
 
 
-def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
-    save_adapter(prepared(), tmp_path)
+@pytest.mark.parametrize("moment", ["tensors", "settings", "fingerprint"])
+def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch, moment):
+    net = prepared()
+    save_adapter(net, tmp_path, write=write_safetensors)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full_disk(tensors, path):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError("No space left on device")
+    def full_disk(path, content, **options):
+        if moment == "tensors" or (moment == "settings") == (path.name == "adapter_config.json"):
+            raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(type(tmp_path), "write_text", full_disk)
     with pytest.raises(OSError):
-        save_adapter(prepared(seed=5), tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+        save_adapter(prepared(seed=5), tmp_path, write=full_disk if moment == "tensors" else write_safetensors)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    other = prepared(seed=5)
+    load_adapter(other, tmp_path, read=read_safetensors)
+    assert all(torch.equal(p, q) for p, q in zip(primary_parameters(other), primary_parameters(net)))
 
 
 def test_models_without_adapters():

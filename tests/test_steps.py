@@ -7,6 +7,7 @@ relative unless a test says why it is another.
 
 import copy
 import math
+import os
 import pickle
 import re
 import sys
@@ -18,9 +19,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilora
-from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_power_step, bilora_step,
-                    clip_perturbation_, lora_layers, lora_sam_step, lora_step, perturbation_norm,
-                    primary_parameters)
+from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_step, clip_perturbation_,
+                    lora_layers, lora_sam_step, lora_step, perturbation_norm, primary_parameters)
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
+from methods import bilora_power_step  # noqa: E402
 
 LAYERS = ("first", "shared", "last")
 close = dict(rtol=1e-10, atol=1e-13)
