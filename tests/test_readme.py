@@ -1,4 +1,5 @@
-"""What README shows is what the code does: its lines are the functions' lines, and its example runs."""
+"""What README and notes/usage.md show is what the code does: the steps' lines are the functions'
+lines, and every example runs."""
 
 import inspect
 import os
@@ -12,20 +13,32 @@ import torch.nn as nn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import bilora
-from model import Transformer, read_safetensors
 import train_glue
 import train_gsm8k
-from train_glue import TASKS, main
+from model import Transformer, read_safetensors
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
-import sharpness  # noqa: E402
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, os.path.join(ROOT, "notes"))
+import drawing  # noqa: E402
+import methods  # noqa: E402
 
-README = open(os.path.join(os.path.dirname(__file__), "..", "README.md"), encoding="utf-8").read()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+def read(*path):
+    with open(os.path.join(ROOT, *path), encoding="utf-8") as file:
+        return file.read()
+
+
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+README, USAGE = read("README.md"), read("notes", "usage.md")
 
 
 def test_the_steps_are_the_functions_lines():
-    for block, function in zip(BLOCKS, (bilora.lora_step, bilora.lora_sam_step, bilora.bilora_step, bilora.bilora_power_step), strict=False):
+    steps = (bilora.lora_step, bilora.lora_sam_step, bilora.bilora_step)
+    for block, function in zip(blocks(README)[:3], steps, strict=True):
         source = inspect.getsource(function)
         for line in block.splitlines():
             assert line.split("#")[0].strip() in source, (function.__name__, line)
@@ -33,9 +46,9 @@ def test_the_steps_are_the_functions_lines():
 
 def test_the_example_trains_a_model():
     torch.manual_seed(0)
-    model = nn.Sequential(OrderedDict(a=nn.Linear(4, 8), b=nn.Tanh(), classifier=nn.Linear(8, 8)))
+    layers = OrderedDict(a=nn.Linear(4, 8), b=nn.Tanh(), classifier=nn.Linear(8, 8))
+    model, losses = nn.Sequential(layers), []
     batches = [(torch.randn(16, 4), torch.randint(0, 8, (16,)))] * 60
-    losses = []
 
     def backward(model, batch):
         loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
@@ -44,48 +57,74 @@ def test_the_example_trains_a_model():
         return loss
 
     model.eval()
-    example = BLOCKS[4].replace("lr=5e-4", "lr=5e-2").replace("rank=8", "rank=4")  # small layers, few steps
+    example = blocks(README)[3].replace("lr=5e-4", "lr=5e-2").replace("rank=8", "rank=4")
     exec(example, {**vars(bilora), "model": model, "batches": batches, "backward": backward})
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_the_example_adds_a_method(monkeypatch):
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    scope = {**vars(methods), "lora_sam_step": bilora.lora_sam_step}
+    exec(blocks(README)[4], scope)
+    assert list(methods.METHODS)[-1] == "lora-sam-on-all"
+
+
 def test_the_adapter_of_a_run_predicts(tmp_path, monkeypatch, capsys):
-    """The example, on the tiny BERT, with what a run of the script left."""
+    """On the tiny BERT, with what a run of the script left: the example's merged model gives the
+    logits of the adapted one."""
     monkeypatch.chdir(tmp_path)
     name = str(tmp_path / "bert")
-    shutil.copytree(os.path.join(os.path.dirname(__file__), "golden", "bert"), name)
+    shutil.copytree(os.path.join(HERE, "golden", "bert"), name)
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "rain": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(name + "/tokenizer.json")
+    rows = "1\t1\t2\ta rain\train\n0\t1\t2\ta\tb\n" * 4
     for file in ("train.tsv", "dev.tsv"):
         with open(file, "w") as out:
-            out.write("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "1\t1\t2\ta rain\train\n0\t1\t2\ta\tb\n" * 4)
-    main(["--task", "mrpc", "--model", name, "--data", ".", "--method", "bi-lora", "--seeds", "0", "--rank", "2", "--aux-rank", "2",
-          "--max-length", "12", "--merge", "--lr", "0.1", "--epochs", "2", "--device", "cpu"])
+            out.write("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + rows)
+    train_glue.main(["--task", "mrpc", "--model", name, "--data", ".", "--method", "bi-lora",
+                     "--seeds", "0", "--rank", "2", "--aux-rank", "2", "--max-length", "12",
+                     "--lr", "0.1", "--epochs", "2", "--device", "cpu"])
     capsys.readouterr()
-    example = BLOCKS[5].replace("sentence-transformers/all-MiniLM-L6-v2", name).replace("rank=8", "rank=2")
+    example = blocks(USAGE)[0].replace("sentence-transformers/all-MiniLM-L6-v2", name)
     scope = {}
-    exec(example, scope)
-    merged = Transformer.from_pretrained("runs/mrpc/bi-lora-seed0/merged", num_labels=2)
+    exec(example.replace("rank=8", "rank=2"), scope)
+    model = Transformer.from_pretrained(name, num_labels=2)
+    bilora.add_lora(model, 2, 16)
+    model.classifier.requires_grad_(True)
+    bilora.load_adapter(model, "runs/mrpc/bi-lora-seed0", model.module_names, read_safetensors)
     ids = torch.tensor([scope["row"].ids])
-    torch.testing.assert_close(scope["model"](ids), merged(ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scope["model"](ids), model(ids), rtol=0, atol=1e-5)
     assert "tensor([[" in capsys.readouterr().out
 
 
 def test_the_adapter_of_peft_goes_through(tmp_path, monkeypatch):
-    golden = os.path.join(os.path.dirname(__file__), "golden", "qwen2")
+    golden = os.path.join(HERE, "golden", "qwen2")
     monkeypatch.chdir(tmp_path)
-    example = BLOCKS[7].replace("meta-llama/Llama-3.2-1B", golden).replace("peft_adapter", os.path.join(golden, "peft"))
+    example = blocks(USAGE)[2].replace("meta-llama/Llama-3.2-1B", golden)
+    example = example.replace("peft_adapter", os.path.join(golden, "peft"))
     exec(example.replace("rank=8, alpha=16", "rank=2, alpha=6").replace("(q|v)", "(k|v)"), {})
-    assert torch.load("same_adapter/adapter_model.bin", weights_only=True).keys() == read_safetensors(
-        os.path.join(golden, "peft", "adapter_model.safetensors")).keys()
+    ours, theirs = (read_safetensors(os.path.join(folder, "adapter_model.safetensors"))
+                    for folder in ("same_adapter", os.path.join(golden, "peft")))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key].float()) for key in ours)
 
 
 def test_names_and_options_exist():
     for name in re.findall(r"`(\w+)\(", README):
         assert hasattr(bilora, name) or name in ("closure", "backward"), name
-    helps = [module.parse_arguments(argv)[0].format_help() for module, argv in (
-        (train_glue, []), (train_gsm8k, []), (sharpness, ["RUN"]))]
-    for option in re.findall(r"--[a-z][a-z0-9-]+", re.sub("<!--|-->", "", README)):
-        assert any(option in text for text in helps), option
-    assert all(task in README for task in TASKS)
+    helps = "".join(methods.parse(script, ["--help"] * 0)[1].__self__.format_help()
+                    for script in (train_glue, train_gsm8k))
+    for option in re.findall(r"--[a-z][a-z0-9-]+", README + USAGE):
+        assert option in helps or option == "--help", option
+    assert all(task in README for task in train_glue.TASKS)
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 1200
+
+
+def test_the_drawing(tmp_path):
+    path = str(tmp_path / "method.png")
+    drawing.main([path])
+    assert os.path.getsize(path) > 5000 and os.listdir(tmp_path) == ["method.png"]
