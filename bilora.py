@@ -79,7 +79,9 @@ class LoRALinear(nn.Module):
         return self._product(self.lora_B, self.lora_A)
 
     def aux_delta(self):
-        """s B2 A2, (m, n): the perturbation of a layer that has an auxiliary pair."""
+        """s B2 A2, (m, n): this layer's perturbation; zero without an auxiliary pair."""
+        if self.aux_A is None:
+            return torch.zeros_like(self.delta())
         return self._product(self.aux_B, self.aux_A)
 
     def _product(self, B, A):
@@ -94,7 +96,6 @@ def _require_ranks(name, linear, rank, aux_rank):
 
 def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     """Put a LoRALinear in place of each targeted nn.Linear, freeze all else, return the new layers.
-
     targets: a regular expression searched for in the module names, or a list of name endings
     (["q", "v"] takes every layer called q or v).  Default: every nn.Linear but those under a
     module called lm_head, classifier, score or head.  Raises ValueError, and changes nothing, where
@@ -370,7 +371,6 @@ def save_adapter(model, folder, rename=None, write=None):
 @torch.no_grad()
 def load_adapter(model, folder, rename=None, read=None):
     """Copy a saved adapter's values into a model that add_lora has prepared in the same way.
-
     read: function from the path of adapter_model.safetensors to {name: tensor}.  rename: as above.
     Raises ValueError, and copies nothing, for another setting, another base (PEFT's folders name
     none), a tensor that is missing, unexpected or misshapen, and two adapter files."""

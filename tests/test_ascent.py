@@ -43,7 +43,7 @@ def test_the_estimate_of_c_at_a_fixed_gradient():
     assert math.sqrt(sum(found) / len(found)) == pytest.approx(expected, rel=0.1)  # the estimate is for r2 << n
 
 
-RUN = ["train_glue.py", "--limit", "16", "--batch-size", "16", "--epochs", "6", "--device", "cpu", "--lr", "1e-3", "--rho", "0.05",
+RUN = ["train_glue.py", "--limit", "16", "--batch-size", "16", "--epochs", "6", "--device", "cpu", "--lr", "1e-3", "--aux-lr", "1e-3", "--rho", "0.05",
        "--seeds", "0", "1", "--label-noise", "0", "--jobs", "1"]
 
 
