@@ -118,8 +118,11 @@ def draw_c(results, path):
             right.bar([i], [values["mean"]], yerr=[values["stderr"] or 0], color=colour(method))
         right.set_xticks(range(len(results)), list(results), fontsize=8)
         named(left, "radius", "worst loss increase", f"{space} space")
+        radii = first(first(results))[space]["radii"]
         left.set_xscale("log")
         left.set_yscale("log")
+        left.minorticks_off()
+        left.set_xticks(radii, [f"{rho:g}" for rho in radii])
         named(right, "", "largest Hessian eigenvalue", f"{space} space")
     write()
 
@@ -184,7 +187,7 @@ def draw_f(results, path):
     named(axes[0, 1], "step", "cosine with last value")
     named(axes[1, 0], "steps between", "cosine with itself, second half")
     named(axes[1, 1], "step", "cosine with G over the sample")
-    axes[1, 0].set_xscale("log")
+    axes[1, 0].set_xscale("log", base=2)
     write()
 
 

@@ -16,7 +16,8 @@ def empty_pictures(request, monkeypatch):
     """A quarter of the suite's time would go into drawing curves.  A test marked with `pictures`
     has the real ones."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr(train_glue, "draw_curves", lambda results, path: open(path, "w").close())
+        empty = lambda results, path: open(path, "w").close()
+        monkeypatch.setattr(train_glue, "draw_curves", empty)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from train_glue import METHODS, Method
 
 NOTES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "notes")
 sys.path.insert(0, NOTES)
+import benchmark  # noqa: E402
 import methods  # noqa: E402
 import sharpness  # noqa: E402
 import sweep  # noqa: E402
@@ -30,7 +31,7 @@ WORDS = ["--limit", "6", "--epochs", "1", "--eval-limit", "2", "--max-new-tokens
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch, few_sentences):
-    """An empty folder, the demo with few sentences; afterwards the table of methods is as it was."""
+    """An empty folder, and the demo with few sentences; afterwards METHODS is as it was."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
     before = dict(METHODS)
@@ -49,7 +50,7 @@ def log_of(folder):
 
 
 @pytest.mark.pictures
-def test_a_method_in_three_lines_works_everywhere(folder, capsys):
+def test_a_method_in_three_lines_works_everywhere(folder, monkeypatch):
     def mine(run, closure):
         return {"loss": lora_sam_step(run.descent, closure, run.rho), "perturbation": run.rho}
     methods.add({"mine": Method(mine)})
@@ -76,6 +77,11 @@ def test_a_method_in_three_lines_works_everywhere(folder, capsys):
         assert parts["e"]["mine"][0]["norm"][0] > 0 and parts["e"]["lora"][0] == {}
         assert "epsB_epsA" in parts["d"]["mine"][0] and "ratio" not in parts["d"]["lora"][0]
 
+    monkeypatch.setattr(benchmark, "memory_alone", lambda method, argv: None)
+    report = benchmark.main(["--model", train_glue.DEMO, "--rounds", "3", "--warmup", "0",
+                             "--batch-size", "2", "--length", "8", "--device", "cpu"])
+    assert list(report) == list(METHODS) and report["mine"]["seconds"] > 0
+
     report = sweep.main(["train_glue.py", "--x", "rho", "0", "0.5", "--out", "grid", "--", *RUN,
                          "--method", "mine"])
     assert [(cell["x"], cell["method"], cell["n"]) for cell in report["cells"]] == [
@@ -86,7 +92,7 @@ def test_a_method_in_three_lines_works_everywhere(folder, capsys):
 
 
 def test_what_a_method_keeps_is_saved_with_the_run(folder, monkeypatch):
-    """A radius that grows with each step: interrupted and resumed is the same as not interrupted."""
+    """A radius that grows with each step: interrupted and resumed equals uninterrupted."""
     def growing(run, closure):
         run.state["steps"] = run.state.get("steps", 0) + 1
         rho = run.rho * run.state["steps"] / run.steps
