@@ -36,7 +36,7 @@ def folder(tmp_path_factory, few_sentences):
     patch = pytest.MonkeyPatch()
     patch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
     for names, seed in ((ALL, "0"), (("lora", "lora-sam"), "1")):
-        methods.main(["train_glue.py", *RUN, "--method", *names, "--seeds", seed, "--snapshots", "4", "--out", "out", "--lr", "0.01"])
+        methods.main(["train_glue.py", *RUN, "--method", *names, "--seeds", seed, "--snapshots", "4", "--out", "out", "--lr", "0.01", "--aux-lr", "0.01"])
     yield str(path)
     patch.undo()
     os.chdir(before)
