@@ -98,14 +98,13 @@ def train(args, method, seed, data, folder, progress):
         if args.save_every and (len(run.log) % args.save_every == 0 or "scores" in run.log[-1]):
             save_state(run)
         progress(1)
-    rise = loss_rise(run, partial(forward_backward, args, run.model.eval(), data, rows[:128]))
-    return finish_run(run, {"rise": rise})
+    return finish_run(run, partial(forward_backward, args, run.model.eval(), data, rows[:128]))
 
 
 def forward_backward(args, model, data, batch):
     """Mean loss over the batch's rows, or over their answers' tokens, 0-dim; its gradient adds up
     micro-batch by micro-batch."""
-    size, total, count = args.micro_batch or len(batch), 0.0, len(batch)
+    size, total, count = args.micro_batch or args.batch_size, 0.0, len(batch)
     if data.answers:
         count = sum(len(data.answers[label]) for *_, label in batch)
     for start in range(0, len(batch), size):
@@ -477,9 +476,11 @@ def require_room(args, config, data):
                          f"{config.max_length} positions")
     rows = [*data.rows, *(row for part in data.sets.values() for row in part)]
     largest = max(data.pad_id, *(max(ids) for ids, *_ in rows), *map(max, data.answers or []))
-    if largest >= config.vocab_size:
-        raise ValueError(f"{os.path.join(data.source, 'tokenizer.json')}: gives token {largest}; "
-                         f"the model has {config.vocab_size}")
+    segment = max(max(types) for _, types, _ in rows)
+    path, types = os.path.join(data.source, "tokenizer.json"), config.token_types or math.inf
+    for what, found, count in (("token", largest, config.vocab_size), ("segment", segment, types)):
+        if found >= count:
+            raise ValueError(f"{path}: gives {what} {found}; the model has {count}")
 
 
 # ------------------------------------------------------------------------------------- downloads
@@ -533,9 +534,9 @@ def fetch(address, sha256, path):
     """Download a file with a progress bar; ValueError, and no file, unless it is the right one."""
     try:
         torch.hub.download_url_to_file(address, path, hash_prefix=sha256)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{address}: {error}; connect to the network, or give files that are "
-                         "there with --data") from None
+    except Exception as error:  # of several libraries
+        raise ValueError(f"{address}: {' '.join(str(error).split())}; connect to the network, or "
+                         "give files that are there with --data") from None
 
 
 def split_mrpc(scratch, folder):
@@ -595,8 +596,11 @@ def load_state(run, path):
                       "start the run anew") from None
 
 
-def finish_run(run, more):
-    """Write the files of a finished run; metrics.json is written last: it marks it as finished."""
+def finish_run(run, closure=None):
+    """Write the files of a finished run; metrics.json is written last: it marks it as finished.
+    closure: forward and backward on fixed rows, for loss_rise."""
+    memory = peak_memory(run.args.device)  # the rise, which is measured next, needs more
+    more = {"rise": loss_rise(run, closure)} if closure else {}
     epochs = [{"epoch": row["epoch"], **row["scores"]} for row in run.log if "scores" in row]
     for row in epochs:
         row["loss"] = statistics.fmean(r["loss"] for r in run.log if r["epoch"] == row["epoch"])
@@ -611,7 +615,7 @@ def finish_run(run, more):
               "predicted": log[-1].get("predicted"), "best_epoch": best["epoch"], "epochs": epochs,
               "clipped_fraction": statistics.fmean(row.get("clipped", 0.0) for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log),
-              "peak_memory_bytes": peak_memory(run.args.device)}
+              "peak_memory_bytes": memory}
     write_text(os.path.join(folder, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
     save_adapter(model, folder, model.module_names, write_safetensors)
     draw_curves([result], os.path.join(folder, "curves.png"))
@@ -657,6 +661,7 @@ def compare(args, fail, load, train):
     folders = {key: os.path.join(args.out, f"{key[1]}-seed{key[0]}") for key in keys}
     try:
         data = load(args)
+        require_ranks_that_fit(args, data.source)
         results = begin(args, data.files, folders)  # those that are finished
         todo, rows = [key for key in keys if key not in results], min(len(data.rows), args.limit)
         print(f"{args.task}: {rows} training rows; {len(keys)} runs in {args.out}, "
@@ -679,6 +684,14 @@ def compare(args, fail, load, train):
     return report
 
 
+def require_ranks_that_fit(args, source):
+    """add_lora's ValueError, on a model without values."""
+    auxiliary = any(METHODS[method].auxiliary for method in args.method)
+    with torch.device("meta"):
+        model = Transformer(read_config(source)[0])
+    add_lora(model, args.rank, args.alpha, args.aux_rank if auxiliary else 0)
+
+
 def run_all(args, load, train, data, folders, progress):
     """(key, result) of each run as it ends; with --jobs above 1 in processes of one thread each."""
     if args.jobs == 1:
@@ -689,17 +702,21 @@ def run_all(args, load, train, data, folders, progress):
     queue = context.Queue()
     with ProcessPoolExecutor(args.jobs, context, start_worker, (load, args, queue)) as pool:
         futures = {pool.submit(one_run, train, args, *item) for item in folders.items()}
-        while futures:
-            ended, futures = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not queue.empty():
-                progress(queue.get())
-            yield from (future.result() for future in ended)
+        try:
+            while futures:
+                ended, futures = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not queue.empty():
+                    progress(queue.get())
+                yield from (future.result() for future in ended)
+        finally:  # after an error the runs that wait do not begin
+            pool.shutdown(cancel_futures=True)
 
 
 WORKER = {}  # of a process: what it has read, and how it reports a step
 
 
 def start_worker(load, args, queue):
+    queue.cancel_join_thread()  # a process may end with steps that nobody has read
     torch.set_num_threads(1)  # two beside another busy process are far slower than one
     WORKER.update(data=load(args), progress=queue.put)
 
@@ -722,14 +739,17 @@ def begin(args, files, folders):
     others = ("method", "seeds", "out", "resume", "overwrite", "save_every", "jobs", "defaults")
     config = {name: value for name, value in vars(args).items() if name not in others}
     config["files"] = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
-    config, path = json.loads(json.dumps(config)), os.path.join(args.out, "config.json")
-    begun = read_json(path) if os.path.exists(path) and not args.overwrite else config
-    for name, value in config.items():  # an option that is newer than the runs has its default
-        if begun.get(name, args.defaults.get(name)) != value:
-            raise ValueError(f"{path}: {name} is {begun.get(name)!r}, now {value!r}; expected the "
-                             "same, another --out, or --overwrite")
-    paths = {key: os.path.join(folder, "metrics.json") for key, folder in folders.items()}
-    done = {key: read_json(path) for key, path in paths.items()
+    config = json.loads(json.dumps(config))
+    paths = [os.path.join(folder, "config.json") for folder in (args.out, *folders.values())]
+    for path in paths:
+        begun = read_json(path) if os.path.exists(path) and not args.overwrite else config
+        for name, value in config.items():
+            old = begun.get(name, args.defaults.get(name))  # an option that is newer than the run
+            if old != value:
+                raise ValueError(f"{path}: {name} is {old!r}, now {value!r}; expected the same, "
+                                 "another --out, or --overwrite")
+    metrics = {key: os.path.join(folder, "metrics.json") for key, folder in folders.items()}
+    done = {key: read_json(path) for key, path in metrics.items()
             if os.path.exists(path) and not args.overwrite}
     if done and not args.resume:
         raise ValueError(f"{args.out}: {len(done)} of these runs are finished; --resume takes them "
@@ -740,7 +760,7 @@ def begin(args, files, folders):
         os.makedirs(folder, exist_ok=True)
         own = {"method": method, "seed": seed, **config}
         write_text(os.path.join(folder, "config.json"), json.dumps(own, indent=2))
-    write_text(path, json.dumps(config, indent=2))
+    write_text(paths[0], json.dumps(config, indent=2))
     return done
 
 
@@ -782,8 +802,8 @@ def print_table(report):
     summary, results = report["summary"], report["results"]
     names = list(next(iter(summary.values())))
     for name in [name for name in names if f"best_{name}" in names]:
-        print(f"\n| {name} | last epoch | minus {report['baseline']}'s | best epoch | rise | s/step "
-              "|\n|---|---|---|---|---|---|")
+        print(f"\n| {name} | last epoch | minus {report['baseline']}'s | best epoch | rise "
+              "| s/step |\n|---|---|---|---|---|---|")
         for method, entries in summary.items():
             seconds = [run["step_seconds"] for run in results if run["method"] == method]
             difference = report["difference"].get(method, {}).get(name)
@@ -792,8 +812,8 @@ def print_table(report):
                   f"| {statistics.median(seconds):.3f} |")
     seeds = sorted({run["seed"] for run in results})
     print(f"\nMean ± standard error; seeds {', '.join(map(str, seeds))}; differences are paired by "
-          "seed; the best epoch is chosen on the set it is reported on.\nrise: of the training loss "
-          "from W to W + 0.05 G / ||G||, over all adapted layers, on fixed rows.")
+          "seed; the best epoch is chosen on the set it is reported on.\nrise: of the training "
+          "loss from W to W + 0.05 G / ||G||, over all adapted layers, on fixed rows.")
     for run in results:
         for name, counts in (run["predicted"] or {}).items():
             if counts and max(counts) == sum(counts):
@@ -877,7 +897,7 @@ def parse_arguments(argv, doc, tasks, options):
                                   help="default: %(default)s")
     groups["run"].add_argument("--out", help=f"folder of the results (default: runs/{task})")
     groups["run"].add_argument("--resume", nargs="?", const=True, metavar="DIR",
-                               help="take finished runs of --out, or DIR, and go on with the others")
+                               help="take finished runs of --out, or DIR, and go on with the rest")
     for group, name, kind, least, below, _, text in options:
         value = defaults[name.replace("-", "_")]
         more = {"help": text if value is None else f"{text} (default: {value})", "default": value}
@@ -892,7 +912,9 @@ def parse_arguments(argv, doc, tasks, options):
         groups[group].add_argument("--" + name, **more)
     args = parser.parse_args(argv)
     if isinstance(args.resume, str):
-        args.out, args.resume = args.out or args.resume, True
+        if args.out or not os.path.isdir(args.resume):
+            parser.error(f"--resume {args.resume}: expected a folder of runs, and no --out then")
+        args.out, args.resume = args.resume, True
     args.out, args.defaults = args.out or os.path.join("runs", task), defaults
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     if not args.model:

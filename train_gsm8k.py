@@ -55,7 +55,7 @@ def train(args, method, seed, data, folder, progress):
     text = "".join(json.dumps(row) + "\n" for row in predictions)
     write_text(os.path.join(folder, "predictions.jsonl"), text)
     run.log[-1]["scores"] = scores_of(predictions)
-    return finish_run(run, {})
+    return finish_run(run)
 
 
 def forward_backward(args, model, data, batch):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import train_glue
 from model import read_safetensors, write_safetensors
-from train_glue import TASKS, downloaded_glue, read_tsv
+from test_train_glue import MRPC, error_of
+from train_glue import TASKS, read_tsv
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 COMMIT = "0123456789" * 4
-MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -217,106 +218,128 @@ def archive(members):
 
 @pytest.fixture
 def glue(tmp_path, monkeypatch, server):
-    """A server with the archive of CoLA and the two files of MRPC, their sizes and checksums in the script's table."""
-    cola = archive({"CoLA/": "", "CoLA/train.tsv": "a\t1\t\tgood one\n", "CoLA/dev.tsv": "a\t0\t*\tone bad\n", "CoLA/test.tsv": "",
+    """A server with the archive of CoLA and the two files of MRPC, and their checksums in the
+    script's tables."""
+    cola = archive({"CoLA/": "", "CoLA/train.tsv": "a\t1\t\tgood one\n",
+                    "CoLA/dev.tsv": "a\t0\t*\tone bad\n", "CoLA/test.tsv": "",
                     "CoLA/original/raw/dev.tsv": "wrong", "__MACOSX/CoLA/._dev.tsv": "wrong"})
-    corpus = "\ufeff" + MRPC_HEADER.replace("\n", "\r\n") + "".join(
+    corpus = "\ufeff" + MRPC.replace("\n", "\r\n") + "".join(
         f"{i % 2}\t{i}\t{i + 10}\tsentence {i}\tother \u201c{i}\r\n" for i in range(6))
-    server.files = {"CoLA.zip": cola, "msr_paraphrase_train.txt": corpus.encode(), "dev_ids.tsv": b"2\t12\n5\t15\n3\t99\n"}
-    entry = lambda name: (f"{server.address}/{name}", len(server.files[name]), hashlib.sha256(server.files[name]).hexdigest())
-    monkeypatch.setattr(train_glue, "DOWNLOADS", {"cola": [entry("CoLA.zip")],
-                                                  "mrpc": [entry("msr_paraphrase_train.txt"), entry("dev_ids.tsv")]})
+    server.files = {"CoLA.zip": cola, "msr_paraphrase_train.txt": corpus.encode(),
+                    "dev_ids.tsv": b"2\t12\n5\t15\n3\t99\n"}
+    sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in server.files.items()}
+    monkeypatch.setattr(train_glue, "GLUE", server.address + "/")
+    monkeypatch.setattr(train_glue, "ZIPS", {"cola": ("CoLA.zip", sha256["CoLA.zip"])})
+    monkeypatch.setattr(train_glue, "MRPC", {
+        part: (f"{server.address}/{name}", sha256[name])
+        for part, name in (("pairs", "msr_paraphrase_train.txt"), ("ids", "dev_ids.tsv"))})
     monkeypatch.setenv("BILORA_CACHE", str(tmp_path / "cache"))
     return server
 
 
-FILES = ["train.tsv", "dev.tsv"]
+def downloaded(name):
+    """The folder of the task, and [rows of train.tsv, rows of dev.tsv]."""
+    folder = train_glue.data_folder(SimpleNamespace(task=name, data=None), TASKS[name])
+    paths = [os.path.join(folder, file) for file in ("train.tsv", "dev.tsv")]
+    return folder, [read_tsv(TASKS[name], path) for path in paths]
 
 
 def test_glue_is_downloaded_once(tmp_path, glue, capsys):
-    folder = downloaded_glue("cola", FILES)
-    assert folder == str(tmp_path / "cache" / "glue" / "cola") and sorted(os.listdir(folder)) == ["dev.tsv", "train.tsv"]
-    assert [read_tsv(TASKS["cola"], os.path.join(folder, name)) for name in FILES] == [[(("good one",), 1)], [(("one bad",), 0)]]
+    folder, rows = downloaded("cola")
+    assert folder == str(tmp_path / "cache/glue/CoLA")
+    assert rows == [[(("good one",), 1)], [(("one bad",), 0)]]
     assert "100%" in capsys.readouterr().err  # a progress bar
     asked = len(glue.asked)
-    assert downloaded_glue("cola", FILES) == folder and len(glue.asked) == asked
-    assert os.listdir(tmp_path / "cache" / "glue") == ["cola"]
+    assert downloaded("cola") == (folder, rows) and len(glue.asked) == asked
+    assert os.listdir(tmp_path / "cache/glue") == ["CoLA"]
 
 
 def test_mrpc_is_put_together(glue):
-    folder = downloaded_glue("mrpc", FILES)
-    train, dev = (read_tsv(TASKS["mrpc"], os.path.join(folder, name)) for name in FILES)
+    """The development set is the pairs whose two ids stand in one line."""
+    _, (train, dev) = downloaded("mrpc")
     assert dev == [(("sentence 2", "other \u201c2"), 0), (("sentence 5", "other \u201c5"), 1)]
     assert [text[0] for text, _ in train] == [f"sentence {i}" for i in (0, 1, 3, 4)]
 
 
-@pytest.mark.skipif("GLUE_DATA" not in os.environ, reason="GLUE_DATA is not set to a folder with GLUE's files")
+@pytest.mark.skipif("GLUE_DATA" not in os.environ, reason="GLUE_DATA is no folder of GLUE's files")
 def test_mrpc_split_of_the_real_rows(tmp_path):
     """GLUE's two files, thrown together and split again."""
-    real = {name: open(os.path.join(os.environ["GLUE_DATA"], "MRPC", name), "rb").read().splitlines(True) for name in FILES}
+    real = {}
+    for name in ("train.tsv", "dev.tsv"):
+        with open(os.path.join(os.environ["GLUE_DATA"], "MRPC", name), "rb") as file:
+            real[name] = file.read().splitlines(True)
     ids = [b"\t".join(row.split(b"\t")[1:3]) + b"\n" for row in real["dev.tsv"][1:]]
     (tmp_path / "ids").write_bytes(b"".join(ids))
-    (tmp_path / "corpus").write_bytes(b"".join([*real["train.tsv"], *real["dev.tsv"][1:]]))
-    train_glue.split_mrpc(tmp_path / "corpus", tmp_path / "ids", tmp_path)
-    assert len(ids) == 408 and all((tmp_path / name).read_bytes().splitlines(True)[1:] == rows[1:] for name, rows in real.items())
+    (tmp_path / "pairs").write_bytes(b"".join([*real["train.tsv"], *real["dev.tsv"][1:]]))
+    train_glue.split_mrpc(str(tmp_path), str(tmp_path / "MRPC"))
+    assert len(ids) == 408
+    for name, rows in real.items():
+        assert (tmp_path / "MRPC" / name).read_bytes().splitlines(True)[1:] == rows[1:]
 
 
-def test_broken_downloads_leave_nothing(tmp_path, glue):
-    for damage in ("cut", "changed", "longer", "garbled", "gone"):
-        with pytest.MonkeyPatch.context() as patch:
-            if damage == "cut":
-                patch.setattr(glue, "short", {"dev_ids.tsv", "CoLA.zip"})
-            elif damage == "garbled":
-                patch.setattr(glue, "garbled", ("dev_ids.tsv", "CoLA.zip"))
-            elif damage == "gone":
-                patch.setattr(glue, "files", {})
-            else:
-                change = (lambda data: data[:-1] + b"?") if damage == "changed" else (lambda data: data + b"?")
-                patch.setattr(glue, "files", {name: change(data) for name, data in glue.files.items()})
-            for name in ("cola", "mrpc"):
-                with pytest.raises(ValueError, match=f"^{glue.address}/") as caught:
-                    downloaded_glue(name, FILES)
-                expected = {"gone": "404", "changed": "with sha256", "garbled": "no status line"}.get(damage, "bytes with sha256")
-                assert expected in str(caught.value) and not os.listdir(tmp_path / "cache" / "glue")
-    assert sorted(os.listdir(downloaded_glue("mrpc", FILES))) == ["dev.tsv", "train.tsv"]
+@pytest.mark.parametrize("damage, message", [
+    ("cut", "invalid hash value"), ("changed", "invalid hash value"), ("gone", "404"),
+    ("garbled", "no status line")])
+def test_broken_downloads_leave_nothing(tmp_path, glue, monkeypatch, damage, message):
+    with monkeypatch.context() as patch:
+        if damage == "cut":
+            patch.setattr(glue, "short", {"dev_ids.tsv", "CoLA.zip"})
+        elif damage == "garbled":
+            patch.setattr(glue, "garbled", ("dev_ids.tsv", "CoLA.zip"))
+        elif damage == "gone":
+            patch.setattr(glue, "files", {})
+        else:
+            changed = {name: data[:-1] + b"?" for name, data in glue.files.items()}
+            patch.setattr(glue, "files", changed)
+        for name in ("cola", "mrpc"):
+            with pytest.raises(ValueError, match=f"^{glue.address}/.*{message}.*--data$"):
+                downloaded(name)
+            assert not os.listdir(tmp_path / "cache/glue")
+    assert len(downloaded("mrpc")[1][1]) == 2
 
 
 def test_an_interrupted_download_leaves_nothing(tmp_path, glue, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_glue, "unpack", interrupted)
+    monkeypatch.setattr(train_glue.shutil, "unpack_archive", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        downloaded_glue("cola", FILES)
-    assert not os.listdir(tmp_path / "cache" / "glue")
+        downloaded("cola")
+    assert not os.listdir(tmp_path / "cache/glue")
 
 
 def test_a_run_without_data_and_without_network(tmp_path, glue, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, data in checkpoint("bert").items():
         (tmp_path / name).write_bytes(data)
-    run = ["--task", "cola", "--model", ".", "--rank", "2", "--aux-rank", "2", "--max-length", "9", "--epochs", "1", "--seeds", "0"]
-    report = train_glue.main([*run, "--method", "lora", "--device", "cpu"])
-    assert report["results"][0]["metrics"]["accuracy"] in (0.0, 1.0)
+    run = ["--task", "cola", "--model", ".", "--rank", "2", "--aux-rank", "2", "--max-length", "9",
+           "--epochs", "1", "--seeds", "0", "--device", "cpu"]
+    (result,) = train_glue.main([*run, "--method", "lora"])["results"]
+    assert result["metrics"]["accuracy"] in (0.0, 1.0)
     shutil.rmtree(tmp_path / "cache")
     glue.server_close()
-    for arguments, message in ((run, "CoLA.zip: "), (["--task", "qqp", *run[2:]], "qqp cannot be downloaded")):
-        with pytest.raises(SystemExit) as caught:
-            train_glue.main(arguments)
-        error = capsys.readouterr().err
-        assert caught.value.code == 2 and message in error and "--data" in error and error.endswith("\n")
+    for task, message in (("cola", "CoLA.zip: "), ("qqp", "qqp cannot be downloaded")):
+        capsys.readouterr()
+        error = error_of(capsys, [*run, "--task", task])
+        assert message in error and "--data" in error
 
 
 def test_the_table_of_downloads():
-    for entries in train_glue.DOWNLOADS.values():
-        for address, size, sha256 in entries:
-            assert address.startswith("https://") and size > 6000 and len(bytes.fromhex(sha256)) == 32
-    assert train_glue.DOWNLOADS.keys() == TASKS.keys() - {"embedded", "qqp"}
+    files = [*train_glue.ZIPS.values(), *train_glue.MRPC.values()]
+    assert all(len(bytes.fromhex(sha256)) == 32 for _, sha256 in files)
+    assert train_glue.GLUE.startswith("https://")
+    assert all(address.startswith("https://") for address, _ in train_glue.MRPC.values())
+    assert train_glue.ZIPS.keys() == TASKS.keys() - {"demo", "qqp", "mrpc"}
 
 
-def test_where_the_cache_is(monkeypatch):
-    monkeypatch.setenv("BILORA_CACHE", "/elsewhere")
-    assert train_glue.cache_folder() == "/elsewhere"
-    monkeypatch.delenv("BILORA_CACHE")
+@pytest.mark.parametrize("cache, folder", [
+    ("/elsewhere", "/elsewhere/glue/RTE"), (None, "/home/somebody/.cache/bilora/glue/RTE")])
+def test_where_the_cache_is(monkeypatch, cache, folder):
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert train_glue.cache_folder() == "/home/somebody/.cache/bilora"
+    monkeypatch.delenv("BILORA_CACHE", raising=False)
+    if cache:
+        monkeypatch.setenv("BILORA_CACHE", cache)
+    asked = []
+    monkeypatch.setattr(train_glue, "download_task", lambda *args: asked.append(args))
+    train_glue.data_folder(SimpleNamespace(task="rte", data=None), TASKS["rte"])
+    assert asked == [("rte", folder)]
