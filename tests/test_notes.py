@@ -20,11 +20,12 @@ NOTES = os.path.join(HERE, "..", "notes")
 sys.path.insert(0, NOTES)
 import ascent  # noqa: E402
 import measures  # noqa: E402
+import methods  # noqa: E402
 import sharpness  # noqa: E402
 import sweep  # noqa: E402
 import tables  # noqa: E402
 
-MODULES = (bilora, measures, sharpness)
+MODULES = (bilora, measures, methods, sharpness)
 PAGES = {os.path.basename(path): open(path, encoding="utf-8").read() for path in sorted(glob.glob(os.path.join(NOTES, "*.md")))}
 ROWS = {match[1]: (re.findall(r"`(\w+)`", match[2]), re.findall(r"`(\w+)`", match[3]))
         for match in re.finditer(r"^\| \((\w+)\) \|[^|]*\|([^|]*)\|([^|]*)\|$", PAGES["README.md"], re.MULTILINE)}
@@ -100,7 +101,7 @@ def test_every_test_of_the_table_exists():
 @pytest.mark.parametrize("page", PAGES)
 def test_names_links_and_tests_in_the_notes_exist(page):
     text = PAGES[page]
-    known = [set(vars(module)) for module in (bilora, model, train_glue, train_gsm8k, measures, sharpness, sweep, ascent)]
+    known = [set(vars(module)) for module in (bilora, model, train_glue, train_gsm8k, measures, methods, sharpness, sweep, ascent)]
     for line in re.findall(r"^Code: (.*?)\n\n", text, re.DOTALL | re.MULTILINE):
         for name in re.findall(r"`(\w+)`", line):
             assert any(name in names for names in known), name
