@@ -330,6 +330,7 @@ class Task(NamedTuple):
 
 
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "notes", "demo", "sentences")
+JOBS = 1 if torch.cuda.is_available() else os.cpu_count()  # of the demo
 SHORT = {"epochs": 3, "lr": 5e-4, "batch_size": 32, "rho": [0.01, 0.05], "seeds": [0, 1, 2]}
 LONG, TWO = {**SHORT, "epochs": 10}, ("sentence1", "sentence2")
 RTE = {**LONG, "rho": [0.05, 0.1], "seeds": [0, 1, 2, 3, 4]}
@@ -337,7 +338,7 @@ YES_NO, ENTAILED = ("0", "1"), ("entailment", "not_entailment")
 TASKS = {  # SHORT, LONG and RTE are the paper's settings; those of demo, qqp and stsb are ours
     "demo": Task("", (3,), 1, YES_NO, ("accuracy",), {
         **LONG, "lr": 2e-3, "batch_size": 64, "rho": [0.2, 0.5], "aux_lr": 2.0, "limit": 2000,
-        "label_noise": 0.3, "model": DEMO, "data": DEMO, "jobs": os.cpu_count()}),
+        "label_noise": 0.3, "model": DEMO, "data": DEMO, "jobs": JOBS}),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", YES_NO, ("accuracy", "f1"), LONG),
     "cola": Task("CoLA", (3,), 1, YES_NO, ("matthews", "accuracy"), LONG),
     "sst2": Task("SST-2", ("sentence",), "label", YES_NO, ("accuracy",), SHORT),

@@ -325,11 +325,12 @@ def json_array(path, chunk=2**20, largest=2**24):
 # -------------------------------------------------------------------------------------- arguments
 
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "notes", "demo", "problems")
+JOBS = 1 if torch.cuda.is_available() else os.cpu_count()  # of the demo
 PAPERS = {"lr": 5e-4, "rho": [0.01, 0.05], "epochs": 2, "batch_size": 32, "micro_batch": 4,
           "seeds": [0, 1, 2]}  # for metamath; and our choice for gsm8k
 REAL = {**PAPERS, "bf16": True, "max_new_tokens": 512, "eval_batch_size": 16}
 TASKS = {"demo": {"lr": 6e-3, "rho": [0.05, 0.05], "epochs": 5, "batch_size": 8, "limit": 300,
-                  "seeds": [0, 1, 2], "model": DEMO, "data": DEMO, "jobs": os.cpu_count(),
+                  "seeds": [0, 1, 2], "model": DEMO, "data": DEMO, "jobs": JOBS,
                   "max_new_tokens": 110, "eval_batch_size": 250},
          "gsm8k": REAL, "metamath": REAL}
 INF = float("inf")
