@@ -30,7 +30,7 @@ from test_model import BERT, bert, write_checkpoint
 from train_glue import (METHODS, TASKS, Method, cosine_schedule, encode, forward_backward, main,
                         plan_batches, predict, read_tsv, score, training_rows)
 
-ADAPTER = "adapter_model.bin"  # the file's name stands here alone
+ADAPTER = "adapter_model.safetensors"  # the file's name stands here alone
 PAPERS = ("lora", "lora-sam", "bi-lora")
 
 
@@ -147,6 +147,7 @@ def test_limit_and_label_noise_are_drawn_by_the_seed():
     assert len(changed) == 20 and len(set(changed)) > 3  # to either of the two other labels
     assert all(label == ids[0] % 3 for ids, _, label in [*clean, *data.rows])  # the data stays
     assert rows == training_rows(args, data, 0) != training_rows(args, data, 1)
+    assert clean != training_rows(no_noise, data, 1)
     everything = training_rows(arguments(limit=10**9, label_noise=0), data, 0)
     assert sorted(everything) == sorted(data.rows)
 
@@ -286,6 +287,7 @@ def test_the_summary_pairs_the_seeds(tmp_path):
     assert train_glue.write_report(args, runs[:1])["summary"]["lora"]["accuracy"]["stderr"] is None
 
 
+@pytest.mark.pictures
 def test_curves(tmp_path, monkeypatch):
     """A line for each method: the mean over its seeds, and a band of one standard error."""
     figures = []
@@ -348,9 +350,7 @@ def make_glue_folder(folder):
 
 @pytest.fixture
 def glue_folder(tmp_path, monkeypatch):
-    """For runs without pictures; drawing has a test of its own, and `compared` draws too."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_glue, "draw_curves", lambda results, path: open(path, "w").close())
     return make_glue_folder(tmp_path)
 
 
@@ -360,7 +360,8 @@ COMPARED = [*RUN, "--method", *PAPERS, "--seeds", "0", "1", "--out", "out", "--r
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """(folder, what main printed, report) of a comparison of the paper's methods, two seeds."""
+    """(folder, what main printed, report) of a comparison of the paper's methods, two seeds, with
+    pictures."""
     folder, printed = make_glue_folder(tmp_path_factory.mktemp("compared")), []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -377,20 +378,14 @@ def losses(folder):
     return [row["loss"] for row in log_of(folder)]
 
 
-def read_adapter(folder):
-    """{name: tensor} of a saved adapter, in either format."""
-    if ADAPTER.endswith(".safetensors"):
-        return read_safetensors(str(folder / ADAPTER))
-    return torch.load(folder / ADAPTER, weights_only=True)
-
-
 def outcome(folder):
     """All that a run leaves but its times: the log, the scores, the adapter's bits."""
     metrics = json.loads((folder / "metrics.json").read_text())
     for name in ("step_seconds", "peak_memory_bytes"):
         del metrics[name]
     log = [{key: value for key, value in row.items() if key != "seconds"} for row in log_of(folder)]
-    return log, metrics, {name: t.numpy().tobytes() for name, t in read_adapter(folder).items()}
+    adapter = read_safetensors(folder / ADAPTER)
+    return log, metrics, {name: tensor.numpy().tobytes() for name, tensor in adapter.items()}
 
 
 def error_of(capsys, argv, program=main):
@@ -752,6 +747,18 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_state(glue_folder, cap
     assert steps_of([*run, "--resume", "out"], "lora") == (3 if name == "state.pt" else 0)
     main([*run, "--out", "straight"])
     assert outcome(out) == outcome(glue_folder / "straight/lora-seed0")
+
+
+def test_a_save_that_fails_late_ends_in_one_line(glue_folder, capsys):
+    """Two adapters in a folder; the trained run goes on where it could not be saved."""
+    other = glue_folder / "out/lora-seed0/adapter_model.bin"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    run = [*ONE, "--save-every", "1"]
+    error = error_of(capsys, [*run, "--out", "out"])
+    assert "lora, seed 0: out/lora-seed0: " in error and ADAPTER in error and other.name in error
+    other.unlink()
+    assert steps_of([*run, "--resume", "out"], "lora") == 0
 
 
 def other_family(folder):
