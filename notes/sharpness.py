@@ -304,11 +304,14 @@ def perturbation(run, batch):
 
 
 def effective_weights(layers, training):
-    """[W], float64: a perturbation is small beside it."""
-    weights = [layer.weight.double() + layer.delta().detach() for layer in layers]
-    if training:
-        weights = [W + layer.aux_delta().detach() for W, layer in zip(weights, layers)]
-    return [W.detach() for W in weights]
+    """[W], float64, because a perturbation is small beside it."""
+    weights = []
+    for layer in layers:
+        W = layer.weight.detach().double() + layer.delta().detach()
+        if training and layer.aux_A is not None:
+            W += layer.aux_delta().detach()
+        weights.append(W)
+    return weights
 
 
 # -------------------------------------------------------------------------- the parts, for one run
