@@ -1,5 +1,4 @@
-"""What all tests share: one thread, because two wait for each other on models this small, and no
-pictures where nobody looks at them."""
+"""What all tests share: one thread, because two wait for each other on models this small."""
 
 import os
 import shutil
@@ -9,15 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and f
 import pytest  # noqa: E402
 
 import train_glue  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def empty_pictures(request, monkeypatch):
-    """A quarter of the suite's time would go into drawing curves.  A test marked with `pictures`
-    has the real ones."""
-    if "pictures" not in request.keywords:
-        empty = lambda results, path: open(path, "w").close()
-        monkeypatch.setattr(train_glue, "draw_curves", empty)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,6 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.pictures
 def test_a_method_in_three_lines_works_everywhere(folder, monkeypatch):
     def mine(run, closure):
         return {"loss": lora_sam_step(run.descent, closure, run.rho), "perturbation": run.rho}

@@ -59,7 +59,6 @@ def a_run(method, *options):
     return run, options
 
 
-@pytest.mark.pictures
 def test_all_parts_of_all_methods(capsys, monkeypatch):
     runs = [*(f"out/{method}-seed0" for method in ALL), "out/lora-sam-seed1"]
     few = [*SMALL, "--ascent-epochs", "1", "--rows", "6", "--iterations", "1", "--steps", "1", "--moments", "1", "--batches", "1"]

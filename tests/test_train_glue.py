@@ -287,7 +287,6 @@ def test_the_summary_pairs_the_seeds(tmp_path):
     assert train_glue.write_report(args, runs[:1])["summary"]["lora"]["accuracy"]["stderr"] is None
 
 
-@pytest.mark.pictures
 def test_curves(tmp_path, monkeypatch):
     """A line for each method: the mean over its seeds, and a band of one standard error."""
     figures = []
