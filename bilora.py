@@ -300,7 +300,7 @@ def lora_sam_step(optimizer, closure, rho, params=None):
 
 def bilora_step(descent, ascent, closure, layers, rho, clip=clip_perturbation_):
     """One step of Bi-LoRA, whose objective is Eq. (8): from the gradients of one pass (B1, A1)
-    descend and (B2, A2) ascend, Eq. (9); then the perturbation is clipped, Eq. (10).
+    descend and (B2, A2) ascend, Eq. (9, A5); then the perturbation is clipped, Eq. (10).
 
     descent: optimizer of all that descends.  ascent: optimizer of the auxiliary pairs of `layers`,
     and of nothing else, each of its groups with maximize=True (bilora_optimizers makes both).
@@ -315,10 +315,10 @@ def bilora_step(descent, ascent, closure, layers, rho, clip=clip_perturbation_):
     layers = _perturbed_layers(layers)
     _require_game(descent, ascent, layers)
     _start_pass([*_parameters(descent), *_parameters(ascent)])
-    loss = closure()                                                # at W0 + s B1 A1 + s B2 A2, (7)
+    loss = closure()                                                # G at W + s B2 A2, (A4)
     _require_gradient("Bi-LoRA", loss, descent, _parameters(ascent))
-    descent.step()                                                  # (9) for B1 and A1
-    ascent.step()                                                   # (9) for B2 and A2
+    descent.step()                                                  # (9) B1 and A1
+    ascent.step()                                                   # (9) B2 and A2
     clip(layers, rho)                                               # (10)
     return loss.detach()
 
@@ -347,7 +347,7 @@ def bilora_power_step(descent, closure, layers, rho, momentum=0.5):
     loss = closure()                                                # at W0 + s B1 A1 + s B2 A2
     _require_gradient("Bi-LoRA, power rule", loss, descent, auxiliary)
     turn_perturbation_(layers, rho, momentum)                       # not the paper's ascent and clip
-    descent.step()                                                  # (9) for B1 and A1
+    descent.step()                                                  # (9) B1 and A1
     return loss.detach()
 
 

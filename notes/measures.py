@@ -165,7 +165,7 @@ def top_eigenvalue(losses, params, iterations=15, generator=None, shift=0.0):
 
 
 def lora_sam_terms(layers, gradients, rho):
-    """(s B eps_A, s eps_B A, s eps_B eps_A), a list of (m, n) each: what LoRA-SAM's perturbation is in W, Eq. (5, A6).
+    """(s B eps_A, s eps_B A, s eps_B eps_A), a list of (m, n) each: what LoRA-SAM's perturbation is in W, Eq. (5).
 
     gradients: dL/dB1, dL/dA1 of one layer after the other, as primary_parameters lists them.  eps = rho g / ||g||.
     """
@@ -204,7 +204,7 @@ def effective_rank(pairs):
 
 
 def reachable_energy(G, pairs):
-    """Share of ||G||^2 in {B X + Y A}, over all layers: the subspace of Proposition 1, Eq. (6, A7)."""
+    """Share of ||G||^2 in {B X + Y A}, over all layers: the subspace of Proposition 1, Eq. (6)."""
     left = 0.0
     for g, (B, A) in zip(G, pairs, strict=True):
         U, V = basis(B), basis(A.t())
@@ -223,6 +223,6 @@ def basis(B):
 def best_rank_energy(G, rank):
     """Share of ||G||^2 that a matrix of this rank can hold: sum_(i <= rank) sigma_i^2 / ||G||^2, over all layers.
 
-    Its root, times rho ||G||, is the maximum of <G, eps> over the ball and the rank, Eq. (A16-A20), put right.
+    Its root, times rho ||G||, is the maximum of <G, eps> over the ball and the rank, Eq. (A16-A19), put right.
     """
     return sum((torch.linalg.svdvals(g)[:rank].double() ** 2).sum().item() for g in G) / inner(G, G)

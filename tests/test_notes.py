@@ -18,6 +18,7 @@ import train_gsm8k
 HERE = os.path.dirname(__file__)
 NOTES = os.path.join(HERE, "..", "notes")
 sys.path.insert(0, NOTES)
+import ascent  # noqa: E402
 import measures  # noqa: E402
 import sharpness  # noqa: E402
 import sweep  # noqa: E402
@@ -27,7 +28,7 @@ MODULES = (bilora, measures, sharpness)
 PAGES = {os.path.basename(path): open(path, encoding="utf-8").read() for path in sorted(glob.glob(os.path.join(NOTES, "*.md")))}
 ROWS = {match[1]: (re.findall(r"`(\w+)`", match[2]), re.findall(r"`(\w+)`", match[3]))
         for match in re.finditer(r"^\| \((\w+)\) \|[^|]*\|([^|]*)\|([^|]*)\|$", PAGES["README.md"], re.MULTILINE)}
-NUMBERS = [*map(str, range(1, 11)), *(f"A{i}" for i in (1, 2, 3, 6, 7, *range(16, 23)))]
+NUMBERS = [*map(str, range(1, 11)), *(f"A{i}" for i in range(1, 23))]
 
 
 def tags(text):
@@ -64,9 +65,28 @@ def test_the_table_covers_the_equations():
 def test_tags_and_table_agree():
     """A function of the table has the tag, and a function with the tag is in the table."""
     found = tagged()
-    assert set(found) == set(NUMBERS)
+    assert set(found) <= set(NUMBERS)
     for number, (functions, _) in ROWS.items():
-        assert set(functions) == found[number], number
+        assert set(functions) == found.get(number, set()), number
+    without = {f"A{i}" for i in (6, 7, *range(8, 16), 20, 21)}  # arguments, definitions and problems
+    assert {number for number, (functions, _) in ROWS.items() if not functions} == without
+
+
+MEANINGS = {  # what the paper's equation is about, in a word of the table's row
+    "1": "W0 + s B A", "2": "dL/dB", "3": "objective", "4": "perturbation", "5": "eps_B eps_A", "6": "first order", "7": "B2 A2",
+    "8": "objective", "9": "four updates", "10": "clip", "A1": "objective", "A2": "rho g", "A3": "descent", "A4": "perturbed weights",
+    "A5": "step (9)", "A6": "Proposition 2", "A7": "inner product", "A8": "problem", "A9": "linearisation", "A10": "inner problem",
+    "A11": "maximizer", "A12": "penalty", "A13": "rank <= r", "A14": "B2 A2", "A15": "linearisation", "A16": "inner problem",
+    "A17": "singular value decomposition", "A18": "maximizer", "A19": "value", "A20": "Ky Fan", "A21": "outer problem",
+    "A22": "alpha g"}
+
+
+def test_what_each_number_stands_for():
+    """The list above is the paper's second version's, not the code's: a number that moves to another equation is noticed."""
+    rows = dict(re.findall(r"^\| \((\w+)\) \| ([^|]*) \|", PAGES["README.md"], re.MULTILINE))
+    assert rows.keys() == MEANINGS.keys()
+    for number, words in MEANINGS.items():
+        assert words in rows[number], number
 
 
 def test_every_test_of_the_table_exists():
@@ -80,7 +100,7 @@ def test_every_test_of_the_table_exists():
 @pytest.mark.parametrize("page", PAGES)
 def test_names_links_and_tests_in_the_notes_exist(page):
     text = PAGES[page]
-    known = [set(vars(module)) for module in (bilora, model, train_glue, train_gsm8k, measures, sharpness, sweep)]
+    known = [set(vars(module)) for module in (bilora, model, train_glue, train_gsm8k, measures, sharpness, sweep, ascent)]
     for line in re.findall(r"^Code: (.*?)\n\n", text, re.DOTALL | re.MULTILINE):
         for name in re.findall(r"`(\w+)`", line):
             assert any(name in names for names in known), name

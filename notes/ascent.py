@@ -1,0 +1,205 @@
+"""How far does the ascent get?  c over training for several eta2 / eta1, beside what LoRA's gradients predict (note 4).
+
+    python train_glue.py --snapshots 21 --method lora --out runs/ascent/lora
+    python train_glue.py --snapshots 21 --method bi-lora --aux-lr 0.2 --out runs/ascent/100
+    python notes/ascent.py runs/ascent/lora runs/ascent/100 --out notes/figures
+
+RUN is the --out of a command; there is one of LoRA and one for each ascent, of the same task and the same seeds.  Measured:
+c before the clip, and how often the clip acts (from the logs); over snapshots of the second half, effective rank of B2 A2
+and its cosine with G at W, of a batch and over a sample of training rows; the score minus LoRA's, seed by seed.
+The prediction needs LoRA's runs alone: c_T = (s / 3) sqrt(sum_i (r2 / n_i) ||sum_t eta2_t G_it||^2), G over --rows training
+rows at each snapshot.  OUT gets TASK-ascent-c.json, .md (tables) and .png.
+"""
+
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import sharpness
+from measures import cosine, effective_rank, gradient, inner
+from train_glue import mean_stderr, read_json, write_text
+
+
+def name_of(run):
+    if run.method == "lora":
+        return "lora"
+    ratio = (run.args.aux_lr or run.args.lr) / run.args.lr
+    return f"{run.args.ascent}, {ratio:g}"
+
+
+def read_log(run):
+    with open(os.path.join(run.folder, "log.jsonl"), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ------------------------------------------------------------------------------ one run of LoRA: the prediction
+
+
+def batch_gradients(run, rows):
+    """(mean over the batches of G, E ||G of a batch - mean||^2), an entry a layer each; batches as large as the run's."""
+    weights, size = [layer.weight for layer in run.layers], run.args.batch_size
+    batches = [rows[i:i + size] for i in range(0, len(rows) - size + 1, size)]
+    mean, squares = [torch.zeros_like(w) for w in weights], np.zeros(len(weights))
+    for batch in batches:
+        _, g = gradient(run.losses(batch), weights)
+        squares += [inner([x], [x]) for x in g]
+        mean = [a + x / len(batches) for a, x in zip(mean, g)]
+    variance = squares / len(batches) - [inner([x], [x]) for x in mean]
+    return mean, variance * len(batches) / max(1, len(batches) - 1)
+
+
+def predict(run, aux_rank):
+    """{step: c / (eta2 / eta1)} from the gradients along a run of LoRA.
+
+    With all training rows, sum_t eta_t G_t is that of their mean gradient.  Of a sample the mean has a noise of its own,
+    which would add up over the steps: then ||sum_t eta_t G_t||^2 = <a, b> + sum_t eta_t^2 var, where a and b are the sums of
+    two halves of the sample, whose noise is independent, and var is the variance of a batch's G.
+    """
+    rates = [row["lr"] for row in read_log(run)]
+    snapshots, rows = run.snapshots()[:-1], run.sample
+    whole = len(rows) == len(run.data[0])
+    parts = [rows] if whole else [rows[:len(rows) // 2], rows[len(rows) // 2:]]
+    ends = [step for step, _ in snapshots[1:]] + [len(rates)]
+    sums, noise, found = [[0.0] * len(run.layers) for _ in parts], 0.0, {}
+    for (step, path), end in tqdm(list(zip(snapshots, ends)), desc=f"LoRA's gradients, seed {run.seed}", leave=False, disable=None):
+        run.put(path)
+        spent = rates[step:end]
+        for i, part in enumerate(parts):
+            mean, variance = batch_gradients(run, part)
+            sums[i] = [a + sum(spent) * x for a, x in zip(sums[i], mean)]
+            noise = noise + sum(rate**2 for rate in spent) * variance / len(parts)
+        squares = np.array([inner([a], [b]) for a, b in zip(sums[0], sums[-1])]) + (0.0 if whole else noise)
+        shares = [aux_rank / layer.in_features for layer in run.layers]
+        found[end] = run.layers[0].scale / 3 * math.sqrt(max(0.0, float(np.dot(shares, squares))))
+    run.drop()
+    return found
+
+
+# ------------------------------------------------------------------------------ one run of Bi-LoRA
+
+
+def watch(run):
+    """{quantity: number} of one run."""
+    log, rows = read_log(run), []
+    later = [path for step, path in run.moments() if 2 * step >= len(log)]
+    for path in tqdm(later, desc=f"{name_of(run)}, seed {run.seed}", leave=False, disable=None):
+        run.put(path)
+        weights, eps = [layer.weight for layer in run.layers], [layer.aux_delta().detach() for layer in run.layers]
+        each = [cosine(eps, gradient(run.losses(batch), weights)[1]) for batch in run.batches]
+        rows.append({"effective rank": effective_rank(run.auxiliary()), "cosine with G of a batch": np.mean(each).item(),
+                     "cosine with G over the sample": cosine(eps, gradient(run.losses(run.sample), weights)[1])})
+    run.drop()
+    clipped = [row["step"] for row in log if row["clipped"]]
+    return {"largest c": max(row["perturbation"] for row in log), "steps clipped": len(clipped) / len(log),
+            "first step clipped": clipped[0] if clipped else None,
+            **{key: np.mean([row[key] for row in rows]).item() for key in rows[0]}}
+
+
+def kept(run, what, measure):
+    """What was measured in a run folder before, if its settings were the same."""
+    path = os.path.join(run.folder, "ascent.json")
+    settings = {**what, "rows": run.options.rows, "seed": run.options.seed, "batches": run.options.batches,
+                "moments": run.options.moments}
+    known = read_json(path) if os.path.exists(path) else {}
+    if known.get("settings") != settings:
+        known = {"settings": settings, "result": measure()}
+        write_text(path, json.dumps(known))
+    return known["result"]
+
+
+# ------------------------------------------------------------------------------ all of them
+
+
+def text_of(entry, digits=3):
+    """Mean ± standard error, with the digits that the error gives a meaning."""
+    mean, error = entry["mean"], entry["stderr"]
+    if not error:
+        return f"{mean:.{digits}g}"
+    places = min(5, max(0, 1 - math.floor(math.log10(error))))
+    return f"{mean:.{places}f} ± {error:.{places}f}"
+
+
+def tables(report):
+    """Two Markdown tables: how far the ascent gets and what it costs; what the perturbation is like."""
+    metric, text = report["metric"], []
+    for columns in (("predicted c", "largest c", "steps clipped", f"{metric} minus LoRA's"),
+                    ("effective rank", "cosine with G of a batch", "cosine with G over the sample")):
+        text += ["| ascent, η₂ / η₁ | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for name, rows in report["ascents"].items():
+            text.append(f"| {name} | " + " | ".join(text_of(rows[key]) if key in rows else "" for key in columns) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def draw(report, curves, path):
+    """c before the clip over the steps, mean over the seeds; dashed: predicted; dotted: rho."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, rows) in enumerate(curves.items()):
+        steps = np.arange(1, len(rows[0]) + 1)
+        axes.plot(steps, np.mean(rows, axis=0), color=f"C{i}", label=name)
+        if name in report["predicted"]:
+            ends, values = zip(*report["predicted"][name])
+            axes.plot(ends, values, "--", color=f"C{i}")
+    axes.axhline(report["rho"], color="grey", linestyle=":")
+    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="c before the clip", title=f"{report['task']}: ascent, η₂ / η₁")
+    axes.legend(fontsize=8, title="dashed: predicted; dotted: ρ", title_fontsize=8)
+    figure.savefig(path + ".tmp", format="png", dpi=100)
+    os.replace(path + ".tmp", path)
+
+
+def study(runs, options):
+    """The report, {name of an ascent: c of each step, a list a seed}."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(name_of(run), {})[run.seed] = run
+    if "lora" not in groups or len({run.task for run in runs}) > 1:
+        raise ValueError("expected runs of one task, LoRA's among them")
+    base = groups.pop("lora")
+    if any(seeds.keys() != base.keys() for seeds in groups.values()):
+        raise ValueError("expected every RUN to have the seeds of LoRA's")
+    metric, aux_rank = runs[0].experiment.metrics[0], runs[0].args.aux_rank
+    scores = {run.folder: read_json(os.path.join(run.folder, "metrics.json"))["metrics"][metric] for run in runs}
+    predicted = [kept(run, {"aux_rank": aux_rank}, lambda run=run: list(predict(run, aux_rank).items())) for run in base.values()]
+    report = {"task": runs[0].task, "metric": metric, "rho": None, "predicted": {}, "ascents": {},
+              "lora": mean_stderr([scores[run.folder] for run in base.values()]),
+              "settings": {key: getattr(options, key) for key in ("rows", "seed", "batches", "moments")}}
+    curves = {}
+    for name, seeds in groups.items():
+        found = [kept(run, {}, lambda run=run: watch(run)) for run in seeds.values()]
+        rows = {key: mean_stderr([each[key] for each in found]) for key in found[0] if all(each[key] is not None for each in found)}
+        rows[f"{metric} minus LoRA's"] = mean_stderr([scores[run.folder] - scores[base[seed].folder] for seed, run in seeds.items()])
+        if name.startswith("sgd"):
+            ratio = float(name.split(", ")[1])
+            rows["predicted c"] = mean_stderr([ratio * curve[-1][1] for curve in predicted])
+            report["predicted"][name] = [(points[0][0], ratio * np.mean([value for _, value in points]).item())
+                                         for points in zip(*predicted)]
+        report["ascents"][name], report["rho"] = rows, next(iter(seeds.values())).args.rho[0]
+        curves[name] = [[row["perturbation"] for row in read_log(run)] for run in seeds.values()]
+    return report, curves
+
+
+def main(argv=None):
+    parser, options = sharpness.parse_arguments(sys.argv[1:] if argv is None else argv)
+    parser.prog, out = "ascent.py", options.out or options.run[0]
+    try:
+        report, curves = study(sharpness.load_runs(options), options)
+        path = os.path.join(out, f"{report['task']}-ascent-c")
+        os.makedirs(out, exist_ok=True)
+        write_text(path + ".json", json.dumps(report, indent=1))
+        write_text(path + ".md", tables(report))
+        draw(report, curves, path + ".png")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(tables(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()

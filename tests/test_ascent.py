@@ -1,0 +1,121 @@
+"""How far the ascent gets: the estimate of c against plain ascent itself, and notes/ascent.py on small runs.
+
+Oracles: c written out from the weights of a layer under a fixed gradient; the log of the run that is predicted, where every
+batch is the whole training set and every step has a snapshot, so that the estimate leaves out the change of A2 alone.
+"""
+
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+
+import train_glue
+from bilora import LoRALinear, bilora_step
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
+import ascent  # noqa: E402
+
+
+def test_the_estimate_of_c_at_a_fixed_gradient():
+    """c_T = (s / 3) sqrt(r2 / n) ||sum_t eta2 G||, on average over A2's beginning, while B2 is small."""
+    torch.manual_seed(0)
+    m, n, r2, alpha, eta2, steps, found = 40, 60, 6, 8, 1e-3, 5, []
+    G = torch.randn(m, n, dtype=torch.float64) / 50
+    for _ in range(40):
+        layer = LoRALinear(nn.Linear(n, m, bias=False), 4, alpha, r2).double().train()
+
+        def closure():
+            loss = (G * layer(torch.eye(n, dtype=torch.float64)).T).sum()
+            loss.backward()
+            return loss
+
+        descent = torch.optim.SGD([layer.lora_B, layer.lora_A], lr=0.0)
+        up = torch.optim.SGD([layer.aux_B, layer.aux_A], lr=eta2, maximize=True)
+        for _ in range(steps):
+            bilora_step(descent, up, closure, [layer], 1.0)
+        found.append((layer.aux_B @ layer.aux_A).square().sum().item())
+    expected = 2 / 3 * math.sqrt(r2 / n) * steps * eta2 * G.norm().item()  # s = 2
+    assert math.sqrt(sum(found) / len(found)) == pytest.approx(expected, rel=0.1)  # the estimate is for r2 << n
+
+
+RUN = ["--pretraining-steps", "0", "--limit", "16", "--batch-size", "16", "--epochs", "6", "--device", "cpu", "--lr", "1e-3",
+       "--seeds", "0", "1", "--label-noise", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, before = tmp_path_factory.mktemp("runs"), os.getcwd()
+    os.chdir(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_glue, "EMBEDDED_TEST", 20)
+        for out, more in (("lora", ["--method", "lora"]), ("one", ["--method", "bi-lora"]),
+                          ("many", ["--method", "bi-lora", "--aux-lr", "0.5", "--rho", "0.002"]),
+                          ("adamw", ["--method", "bi-lora", "--ascent", "adamw"])):
+            train_glue.main([*RUN, *more, "--snapshots", "7", "--out", out])
+    yield path
+    os.chdir(before)
+
+
+def test_what_is_measured_and_predicted(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    report = ascent.main(["lora", "one", "many", "adamw", "--rows", "16", "--moments", "6", "--device", "cpu", "--out", "out"])
+    assert json.loads(json.dumps(report)) == json.load(open("out/embedded-ascent-c.json"))
+    assert os.path.getsize("out/embedded-ascent-c.png") > 5000
+    text = open("out/embedded-ascent-c.md").read()
+    assert text in capsys.readouterr().out and "nan" not in text
+    assert list(report["ascents"]) == ["sgd, 1", "sgd, 500", "adamw, 1"]
+    logs = {name: [[json.loads(line) for line in open(f"{name}/bi-lora-seed{seed}/log.jsonl")] for seed in (0, 1)]
+            for name in ("one", "many", "adamw")}
+    for name, key in (("one", "sgd, 1"), ("many", "sgd, 500"), ("adamw", "adamw, 1")):
+        rows = report["ascents"][key]
+        largest = [max(row["perturbation"] for row in log) for log in logs[name]]
+        assert rows["largest c"]["mean"] == pytest.approx(sum(largest) / 2)
+        assert rows["steps clipped"]["mean"] == pytest.approx(sum(row["clipped"] for log in logs[name] for row in log) / 12)
+        assert 1 <= rows["effective rank"]["mean"] <= 8 and rows["accuracy minus LoRA's"]["n"] == 2
+    assert report["ascents"]["sgd, 1"]["steps clipped"]["mean"] == 0 < report["ascents"]["sgd, 500"]["steps clipped"]["mean"]
+    last = [log[-1]["perturbation"] for log in logs["one"]]
+    assert report["ascents"]["sgd, 1"]["predicted c"]["mean"] == pytest.approx(sum(last) / 2, rel=0.1)
+    assert report["ascents"]["sgd, 500"]["predicted c"]["mean"] == pytest.approx(
+        500 * report["ascents"]["sgd, 1"]["predicted c"]["mean"])
+    assert "predicted c" not in report["ascents"]["adamw, 1"]  # no plain ascent
+
+
+def test_the_noise_of_a_sample_is_not_taken_for_a_gradient_that_lasts(folder, monkeypatch):
+    """Each half's mean gradient is d plus a large noise of its own, the same at every snapshot: c has d and the batches' variance."""
+    monkeypatch.chdir(folder)
+    _, options = ascent.sharpness.parse_arguments(["lora/lora-seed0", "--rows", "12", "--device", "cpu"])
+    (run,) = ascent.sharpness.load_runs(options)
+    d, variance = 0.3, 0.7
+
+    def gradients(run, rows):
+        means = [torch.zeros_like(layer.weight) for layer in run.layers]
+        for mean in means:
+            mean[0, 0], mean[0, 1 if rows == run.sample[:6] else 2] = d, 100.0
+        return means, torch.full((len(means),), variance).double().numpy()
+
+    monkeypatch.setattr(ascent, "batch_gradients", gradients)
+    rates = [row["lr"] for row in ascent.read_log(run)]
+    share = sum(8 / layer.in_features for layer in run.layers)
+    for end, c in ascent.predict(run, 8).items():
+        squares = (sum(rates[:end]) * d) ** 2 + sum(rate**2 for rate in rates[:end]) * variance
+        assert c == pytest.approx(2 / 3 * math.sqrt(share * squares), rel=1e-5)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["one"], "expected runs of one task, LoRA's among them"), (["lora", "one/bi-lora-seed0"], "to have the seeds of LoRA's")])
+def test_wrong_input_is_one_line(folder, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stopped:
+        ascent.main([*argv, "--device", "cpu", "--out", "nothing"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and message in error and not os.path.exists("nothing")
+
+
+def test_digits_follow_the_error():
+    entry = lambda mean, error: {"mean": mean, "stderr": error}
+    assert ascent.text_of(entry(0.71234, 0.0123)) == "0.712 ± 0.012" and ascent.text_of(entry(0.0, 0.0)) == "0"
+    assert ascent.text_of(entry(12.34, 3.2)) == "12.3 ± 3.2" and ascent.text_of(entry(0.123456, None)) == "0.123"
