@@ -1,13 +1,11 @@
-"""One transformer made of two stacks, an encoder and a decoder, either of which may be absent, and its checkpoints.
+"""One transformer made of two stacks, an encoder and a decoder, and its checkpoints.
 
-A family of models is a setting of the same block, not a class: an encoder alone is BERT or RoBERTa, a decoder alone is
-Llama or Qwen2, both are T5.  An encoder with `num_labels` classifies, without it returns its hidden states; a decoder
-returns logits over the vocabulary.
+A family of models is a setting of the same block, not a class.  An encoder alone is BERT or
+RoBERTa, a decoder alone is Llama or Qwen2, both are T5.
 
-Attention Is All You Need: arXiv 1706.03762.  BERT: 1810.04805.  RoBERTa: 1907.11692.  T5: 1910.10683.
-Llama: 2302.13971.  Rotary positions: 2104.09864.  Grouped heads: 2305.13245.
-
-Symbols: B sequences, L queries, K keys, D = d_model, H = heads, E = head_dim, V = vocab_size.
+Attention Is All You Need: arXiv 1706.03762.  BERT: 1810.04805.  RoBERTa: 1907.11692.
+T5: 1910.10683.  Llama: 2302.13971.  Rotary positions: 2104.09864.  Grouped heads: 2305.13245.
+Shapes: B sequences, L queries, K keys, D d_model, H heads, G kv_heads, E head_dim, V vocab_size.
 """
 
 import json
@@ -17,8 +15,10 @@ import os
 import re
 import shutil
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import get_args
 
 import torch
 import torch.nn as nn
@@ -28,26 +28,36 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch.utils.checkpoint import checkpoint
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # rounds to x's dtype before it multiplies, as T5 and Llama do
+        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
+               "relu": F.relu, "silu": F.silu}
+NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
+
+
 @dataclass
 class Config:
     vocab_size: int
     d_model: int = 128
     d_ff: int = 512                 # width of the MLP
     heads: int = 4
-    kv_heads: int | None = None     # heads of the keys and values, each serving heads / kv_heads queries; None: heads
+    kv_heads: int | None = None     # each serves heads / kv_heads queries; None: heads
     head_dim: int | None = None     # None: d_model / heads
     encoder_layers: int = 0
     decoder_layers: int = 0
-    positions: str = "learned"      # a "learned" table, a "relative" bias by distance (T5), or "rotary" (Llama)
+    positions: str = "learned"      # "learned" table, "relative" bias (T5) or "rotary" (Llama)
     max_length: int | None = 512    # most positions there are; None: no bound
-    position_offset: int = 0        # row of the learned table that the first token gets (RoBERTa: 2)
+    position_offset: int = 0        # row of the learned table for the first token (RoBERTa: 2)
     relative_buckets: int = 32
     relative_distance: int = 128    # from here on, one bucket
     rope_theta: float = 1e4
-    rope_scaling: dict = field(default_factory=dict)  # llama3's; empty: none
-    token_types: int = 0            # rows of the table of segment embeddings (BERT's sentence A / B); 0: no such table
-    norm: str = "layer"             # "layer" or "rms"
-    norm_first: bool = True         # pre-norm, with a final norm; False: post-norm, as BERT has it
+    rope_scaling: dict = field(default_factory=dict)  # the arguments of llama3_scaling, or none
+    token_types: int = 0            # rows of the table of segment embeddings (BERT); 0: no table
+    norm: str = "layer"             # a key of NORMS
+    norm_first: bool = True         # pre-norm and a final norm; False: post-norm (BERT)
     embedding_norm: bool = False    # a norm on the sum of the embeddings (BERT)
     gated: bool = False             # activation(gate(x)) * up(x) in the MLP
     activation: str = "gelu"        # a key of ACTIVATIONS
@@ -55,87 +65,65 @@ class Config:
     bias: bool = True               # of the other linear layers
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     tied: bool = True               # the output head is the embedding
-    logit_scale: float = 1.0        # of the state that the output head sees (T5 v1.0: d_model ** -0.5)
-    pooling: str = "first"          # what the classifier sees: the "first" token's state, or the "mean" over the tokens
+    logit_scale: float = 1.0        # of the output head's input (T5 v1.0: d_model ** -0.5)
+    pooling: str = "first"          # the classifier sees the "first" token or the tokens' "mean"
     pooler: bool = False            # tanh(dense(h)) between that and the classifier (BERT)
     dense_head: bool = False        # the classifier is dense, tanh, out_proj (RoBERTa)
     eps: float = 1e-5               # of the norms
-    dropout: float = 0.0            # of the embeddings, the sublayers' outputs and the pooled state
+    dropout: float = 0.0            # of embeddings, sublayers and the pooled state
     attention_dropout: float = 0.0  # of the attention weights
-    checkpointing: bool = False     # in training, keep a block's input alone and compute the block again for its gradient
+    checkpointing: bool = False     # less memory in training: compute each block a second time
     num_labels: int | None = None   # outputs of the classifier; None: no classifier
     pad_id: int = 0
     start_id: int = 0               # first token of an encoder-decoder's decoder
-    eos_id: int | list | None = None
-
-
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
-
-
-def make_norm(config):
-    return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.d_model, config.eps)
+    eos_id: int | list | tuple | None = None
 
 
 class Attention(nn.Module):
-    """Dot-product attention; keys and values come from `memory`, or from x itself where there is none.
-
-    cache: a list.  Self-attention puts earlier keys and values before this call's and leaves all of them in it;
-    attention to a memory computes them once.
-    """
+    """Attention of x to itself or to `memory`; `cache` is a list of earlier keys and values."""
 
     def __init__(self, config):
         super().__init__()
         D, H = config.d_model, config.heads
         self.kv_heads, self.head_dim = config.kv_heads or H, config.head_dim or D // H
-        self.q = nn.Linear(D, H * self.head_dim, bias=config.qkv_bias)
-        self.k = nn.Linear(D, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.v = nn.Linear(D, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.o = nn.Linear(H * self.head_dim, D, bias=config.bias)
-        self.scale, self.groups = config.attention_scale, H // self.kv_heads
-        self.dropout = nn.Dropout(config.attention_dropout)
+        self.q = nn.Linear(D, H * self.head_dim, config.qkv_bias)
+        self.k = nn.Linear(D, self.kv_heads * self.head_dim, config.qkv_bias)
+        self.v = nn.Linear(D, self.kv_heads * self.head_dim, config.qkv_bias)
+        self.o = nn.Linear(H * self.head_dim, D, config.bias)
+        self.scale, self.dropout = config.attention_scale, nn.Dropout(config.attention_dropout)
 
     def forward(self, x, mask, causal=False, rotation=None, memory=None, cache=None):
         B, L, _ = x.shape
-        q = self.split(self.q(x))                                                         # (B, H, L, E)
+        q = self.split(self.q(x))                                                   # (B, H, L, E)
         if memory is not None and cache:
             k, v = cache
         else:
             source = x if memory is None else memory
-            k, v = self.split(self.k(source)), self.split(self.v(source))                 # (B, H / groups, K, E)
+            k, v = self.split(self.k(source)), self.split(self.v(source))           # (B, G, K, E)
             if rotation is not None:
                 q, k = rotate(q, rotation), rotate(k, rotation)
             if cache:
                 k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
             if cache is not None:
                 cache[:] = k, v
-        p = self.dropout.p if self.training else 0.0
-        if L == 1:  # one token's grouped heads are so many queries of one head
-            q = q.reshape(B, self.kv_heads, self.groups, self.head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=self.scale,
-                                           enable_gqa=q.shape[1] > self.kv_heads)
-        return self.o(y.reshape(B, -1, L, self.head_dim).transpose(1, 2).reshape(B, L, -1))  # (B, L, D)
+        if L == 1:  # the heads of a group are then as many queries of one head
+            q = q.reshape(B, self.kv_heads, -1, self.head_dim)                      # (B, G, H/G, E)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0,
+            is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] > self.kv_heads)
+        y = y.reshape(B, -1, L, self.head_dim).transpose(1, 2)                      # (B, L, H, E)
+        return self.o(y.reshape(B, L, -1))                                          # (B, L, D)
 
     def split(self, h):
-        return h.view(*h.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return h.view(*h.shape[:2], -1, self.head_dim).transpose(1, 2)              # (B, H, L, E)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if config.gated else None
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.up = nn.Linear(config.d_model, config.d_ff, config.bias)
+        self.gate = nn.Linear(config.d_model, config.d_ff, config.bias) if config.gated else None
+        self.down = nn.Linear(config.d_ff, config.d_model, config.bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
@@ -145,26 +133,30 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, in an encoder-decoder's decoder attention to the encoder, and an MLP, each with a residual."""
+    """Self-attention, with `cross` attention to a memory, and an MLP, each with a residual."""
 
     def __init__(self, config, cross=False):
         super().__init__()
         self.norm_first, self.dropout = config.norm_first, nn.Dropout(config.dropout)
-        self.attention, self.attention_norm = Attention(config), make_norm(config)
+        norm = partial(NORMS[config.norm], config.d_model, config.eps)
+        self.attention, self.attention_norm = Attention(config), norm()
         if cross:
-            self.cross, self.cross_norm = Attention(config), make_norm(config)
-        self.mlp, self.mlp_norm = MLP(config), make_norm(config)
+            self.cross, self.cross_norm = Attention(config), norm()
+        self.mlp, self.mlp_norm = MLP(config), norm()
 
-    def residual(self, x, norm, sublayer, *args):
-        if self.norm_first:
-            return x + self.dropout(sublayer(norm(x), *args))
-        return norm(x + self.dropout(sublayer(x, *args)))
-
-    def forward(self, x, mask, causal=False, rotation=None, memory=None, memory_mask=None, cache=(None, None)):
-        x = self.residual(x, self.attention_norm, self.attention, mask, causal, rotation, None, cache[0])
+    def forward(self, x, mask, causal=False, rotation=None, memory=None, memory_mask=None,
+                cache=(None, None)):
+        x = self.residual(x, self.attention_norm, self.attention, mask=mask, causal=causal,
+                          rotation=rotation, cache=cache[0])
         if memory is not None:
-            x = self.residual(x, self.cross_norm, self.cross, memory_mask, False, None, memory, cache[1])
-        return self.residual(x, self.mlp_norm, self.mlp)                                  # (B, L, D)
+            x = self.residual(x, self.cross_norm, self.cross, mask=memory_mask, memory=memory,
+                              cache=cache[1])
+        return self.residual(x, self.mlp_norm, self.mlp)                            # (B, L, D)
+
+    def residual(self, x, norm, sublayer, **settings):
+        if self.norm_first:
+            return x + self.dropout(sublayer(norm(x), **settings))
+        return norm(x + self.dropout(sublayer(x, **settings)))
 
 
 class Stack(nn.Module):
@@ -172,82 +164,77 @@ class Stack(nn.Module):
 
     def __init__(self, config, layers, tokens, causal=False, cross=False):
         super().__init__()
-        D = config.d_model
         self.config, self.causal, self.tokens = config, causal, tokens
-        learned = config.positions == "learned"
-        self.positions = nn.Embedding(config.max_length + config.position_offset, D) if learned else None
-        self.types = nn.Embedding(config.token_types, D) if config.token_types else None
-        self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
-        self.relative_bias = (nn.Embedding(config.relative_buckets, config.heads) if config.positions == "relative"
-                              else None)
+        self.positions = self.types = self.relative_bias = None
+        D, norm = config.d_model, partial(NORMS[config.norm], config.d_model, config.eps)
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.max_length + config.position_offset, D)
+        if config.token_types:
+            self.types = nn.Embedding(config.token_types, D)
+        self.embedding_norm = norm() if config.embedding_norm else nn.Identity()
+        if config.positions == "relative":
+            self.relative_bias = nn.Embedding(config.relative_buckets, config.heads)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, cross) for _ in range(layers))
-        self.final_norm = make_norm(config) if config.norm_first else nn.Identity()
+        self.final_norm = norm() if config.norm_first else nn.Identity()
 
     def forward(self, ids, mask=None, types=None, memory=None, memory_mask=None, cache=None):
-        """ids: (B, L); mask: (B, K), True for a token, where K - L keys are in the cache; returns (B, L, D)."""
+        """The states (B, L, D) of ids (B, L).  mask, memory_mask: (B, K), True for a token.
+        cache: for each block a list of its attention to itself and one of that to the memory."""
         config, (B, L) = self.config, ids.shape
-        past = cache[0][0][0].shape[2] if cache and cache[0][0] else 0
+        if cache is None:
+            cache = [(None, None)] * len(self.blocks)
+        past = cache[0][0][0].shape[2] if cache[0][0] else 0
         if config.max_length is not None and past + L > config.max_length:
             raise ValueError(f"{past + L} tokens; the model has {config.max_length} positions")
-        place = positions(mask, past + L, ids.device)[:, past:]                           # (B or 1, L)
-        x = self.tokens(ids)                                                              # (B, L, D)
+        given = torch.ones(1, past + L, device=ids.device).bool() if mask is None else mask
+        place = (given.cumsum(1) - 1).clamp(min=0)[:, past:]                        # (B or 1, L)
+        x = self.tokens(ids)                                                        # (B, L, D)
         if self.positions is not None:
             x = x + self.positions(place + config.position_offset)
         if self.types is not None:
             x = x + self.types(torch.zeros_like(ids) if types is None else types)
         x = self.dropout(self.embedding_norm(x))
         rotation = rotary(config, place, x.dtype) if config.positions == "rotary" else None
-        keep, causal = attention_mask(mask, L, past, self.causal, self.relative_bias is not None, ids.device)
-        if self.relative_bias is not None:
-            bias = relative_bias(config, self.relative_bias.weight, past, L, self.causal)  # (1, H, L, K)
-            keep = bias if keep is None else bias.masked_fill(~keep, torch.finfo(bias.dtype).min)
-        for i, block in enumerate(self.blocks):
+        mask, causal = self.attention_mask(given, past, plain=mask is None and past == 0)
+        if memory_mask is not None:
+            memory_mask = memory_mask[:, None, None, :]                             # (B, 1, 1, K)
+        for block, lists in zip(self.blocks, cache):
             if config.checkpointing and self.training:
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, keep, causal, rotation, memory, memory_mask, *([cache[i]] if cache else []))
-        return self.dropout(self.final_norm(x)) if config.positions == "relative" else self.final_norm(x)
+            x = block(x, mask, causal, rotation, memory, memory_mask, lists)        # (B, L, D)
+        x = self.final_norm(x)
+        return self.dropout(x) if config.positions == "relative" else x
 
-
-def positions(mask, length, device):
-    """0, 1, 2, ... along each row, counted over tokens and not over padding; (B or 1, length)."""
-    if mask is None:
-        return torch.arange(length, device=device)[None]
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def attention_mask(mask, L, past, causal, explicit, device):
-    """(True where a query sees a key, broadcasting to (B, 1, L, K), or None; whether SDPA itself hides the future)."""
-    if mask is None and (not causal or L == 1):
-        return None, False
-    if mask is None and past == 0 and not explicit:
-        return None, True
-    K = past + L
-    keep = torch.ones(1, 1, 1, K, dtype=torch.bool, device=device) if mask is None else mask[:, None, None, :]
-    if causal:
-        now = torch.ones(L, K, dtype=torch.bool, device=device).tril(past)
-        keep = keep & now | now.triu(past)  # padding sees itself: no row without a key
-    return keep, False
-
-
-def relative_bias(config, table, past, L, causal):
-    """T5's addition to the scores, by the bucket of key minus query; (1, H, L, K)."""
-    K = past + L
-    distance = torch.arange(K, device=table.device)[None] - torch.arange(past, K, device=table.device)[:, None]
-    return table[relative_bucket(distance, causal, config.relative_buckets, config.relative_distance)].permute(2, 0, 1)[None]
+    def attention_mask(self, mask, past, plain):
+        """(True where a query sees a key, or a bias of the scores, or None; is_causal)."""
+        L, device = mask.shape[1] - past, mask.device
+        if plain and self.relative_bias is None:
+            return None, self.causal and L > 1  # scaled_dot_product_attention hides the future
+        keep = mask[:, None, None, :]                                               # (B, 1, 1, K)
+        if self.causal:
+            now = torch.ones(L, past + L, device=device).bool().tril(past)          # (L, K)
+            keep = keep & now | now.triu(past)  # padding sees itself: no row is without a key
+        if self.relative_bias is None:
+            return keep, False                                                      # (B, 1, L, K)
+        keys = torch.arange(past + L, device=device)
+        bucket = relative_bucket(keys - keys[past:, None], self.causal,
+                                 self.config.relative_buckets, self.config.relative_distance)
+        bias = self.relative_bias.weight[bucket].permute(2, 0, 1)[None]             # (1, H, L, K)
+        return bias.masked_fill(~keep, torch.finfo(bias.dtype).min), False          # (B, H, L, K)
 
 
 def relative_bucket(distance, causal, buckets, most):
-    """Half of the buckets for one distance each, half for logarithmically growing ranges up to `most`."""
-    bucket = torch.zeros_like(distance)
+    """T5's bucket of key minus query: one for each small distance, and for logarithmic ranges."""
     if causal:
-        distance = (-distance).clamp(min=0)
+        first, distance = 0, (-distance).clamp(min=0)
     else:
         buckets //= 2
-        bucket, distance = bucket + buckets * (distance > 0), distance.abs()
+        first, distance = buckets * (distance > 0), distance.abs()
     exact = buckets // 2
-    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(most / exact) * (buckets - exact)
-    return bucket + torch.where(distance < exact, distance, (exact + growth.long()).clamp(max=buckets - 1))
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(most / exact)
+    far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return first + torch.where(distance < exact, distance, far)
 
 
 def rotary(config, place, dtype):
@@ -260,11 +247,11 @@ def rotary(config, place, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def llama3_scaling(inverse, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
-    """Low frequencies divided by `factor`, high ones kept, those between blended."""
-    turns = original_max_position_embeddings * inverse / (2 * math.pi)  # over the original context
+def llama3_scaling(f, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Of the frequencies f, low ones divided by `factor`, high ones kept, those between blended."""
+    turns = original_max_position_embeddings * f / (2 * math.pi)  # in the original context
     blend = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return (1 - blend) * inverse / factor + blend * inverse
+    return (1 - blend) * f / factor + blend * f
 
 
 def rotate(h, rotation):
@@ -276,556 +263,509 @@ def rotate(h, rotation):
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.module_names = config, {}  # {module name: its name in the checkpoint}
-        D, V = config.d_model, config.vocab_size
         check_config(config)
-        tokens = nn.Embedding(V, D)
-        both = config.encoder_layers > 0 and config.decoder_layers > 0
-        self.encoder = Stack(config, config.encoder_layers, tokens) if config.encoder_layers else None
-        self.decoder = (Stack(config, config.decoder_layers, tokens, causal=True, cross=both)
-                        if config.decoder_layers else None)
-        self.lm_head = nn.Linear(D, V, bias=False) if self.decoder is not None and not config.tied else None
+        self.config, self.module_names = config, {}  # {module: its name in the checkpoint}
+        self.encoder = self.decoder = self.lm_head = self.classifier = None
+        D, both = config.d_model, config.encoder_layers > 0
+        tokens = nn.Embedding(config.vocab_size, D)
+        if config.encoder_layers:
+            self.encoder = Stack(config, config.encoder_layers, tokens)
+        if config.decoder_layers:
+            self.decoder = Stack(config, config.decoder_layers, tokens, causal=True, cross=both)
+            self.lm_head = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
         self.pooler = nn.Linear(D, D) if config.pooler else None
-        self.classifier = make_classifier(config) if config.num_labels else None
-        self.apply(init_weights)
+        if config.num_labels is not None:
+            self.classifier = nn.Linear(D, config.num_labels)
+        if config.num_labels is not None and config.dense_head:
+            layers = OrderedDict(dense=nn.Linear(D, D), tanh=nn.Tanh(), out_proj=self.classifier)
+            self.classifier = nn.Sequential(layers)
+        for _, module in self.named_modules(remove_duplicate=False):
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None):
-        """Logits or hidden states; padding, on either side, changes none of a row's own.
-
-        input_ids, token_type_ids: (B, L) int64.  attention_mask: (B, L), 1 for a token and 0 for padding, None where
-        there is none.  decoder_input_ids: (B, T), for an encoder-decoder.
-        Returns (B, num_labels) for an encoder with a head, (B, L, D) without, (B, L or T, V) where there is a decoder.
-        Raises ValueError for an empty batch, and for more tokens than the model has positions.
+        """(B, L or T, V) logits where there is a decoder, else (B, num_labels), or the states
+        (B, L, D) without a classifier.  Padding, on either side, changes nothing for the tokens.
+        input_ids, token_type_ids, attention_mask (1 for a token, 0 for padding): (B, L).
+        decoder_input_ids, for an encoder-decoder: (B, T).  ValueError for an empty batch.
         """
         h = self.hidden(input_ids, attention_mask, token_type_ids, decoder_input_ids)
         if self.decoder is not None:
             return self.logits(h)
         if self.classifier is None:
             return h
-        pooled = self.pool(h, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
-        return self.classifier(self.encoder.dropout(pooled))                              # (B, num_labels)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.classifier(self.encoder.dropout(self.pool(h, mask)))            # (B, labels)
 
     def hidden(self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None):
-        """The last stack's final states, (B, L or T, D), which `pool` and `logits` read.  Arguments as for a call."""
-        if input_ids.numel() == 0:
-            raise ValueError(f"the model got an empty batch, input_ids of shape {tuple(input_ids.shape)}")
+        """The last stack's final states, (B, L or T, D), which `pool` and `logits` read."""
+        require(input_ids.numel(), f"the model got an empty batch: {tuple(input_ids.shape)}")
         mask = None if attention_mask is None else attention_mask.bool()
         if self.encoder is None:
             return self.decoder(input_ids, mask, token_type_ids)
         h = self.encoder(input_ids, mask, token_type_ids)
         if self.decoder is None:
             return h
-        if decoder_input_ids is None:
-            raise ValueError("decoder_input_ids is None; expected what the decoder reads, beginning with the start id")
-        return self.decoder(decoder_input_ids, memory=h, memory_mask=as_key_mask(mask))
+        require(decoder_input_ids is not None, "decoder_input_ids is None; expected (B, T) ids")
+        return self.decoder(decoder_input_ids, memory=h, memory_mask=mask)
 
     def pool(self, h, mask):
-        """What the classifier reads, (B, D), of an encoder's states (B, L, D) and the attention mask (B, L)."""
+        """What the classifier reads, (B, D), of the encoder's states (B, L, D) and mask (B, L)."""
         if self.config.pooling == "mean":
-            pooled = (h * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)            # (B, D)
+            pooled = (h * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)      # (B, D)
         else:
-            pooled = h[torch.arange(len(h), device=h.device), mask.int().argmax(1)]       # (B, D)
+            pooled = h[torch.arange(len(h), device=h.device), mask.int().argmax(1)]
         return pooled if self.pooler is None else torch.tanh(self.pooler(pooled))
 
     def logits(self, h):
         """Scores of the next token, (..., V), from a decoder's final states (..., D)."""
-        h = h * self.config.logit_scale if self.config.logit_scale != 1 else h
+        h = h * self.config.logit_scale
         return F.linear(h, self.decoder.tokens.weight) if self.lm_head is None else self.lm_head(h)
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, max_new_tokens=128, eos_id=None, temperature=0.0):
-        """New token ids, (B, at most max_new_tokens): the likeliest at temperature 0, else drawn from softmax(logits /
-        temperature).  Prompts may differ in length, padded on either side.  A row ends at eos_id (one id or several, by
-        default the checkpoint's), leaves the batch and is filled up with the pad id; all rows ended ends the call.
-        Raises ValueError for an encoder alone, in training mode, for an empty prompt, and where the model has no position left.
+    def generate(self, input_ids, attention_mask=None, max_new_tokens=128, eos_id=None,
+                 temperature=0.0):
+        """New token ids, (B, at most max_new_tokens): the likeliest at temperature 0, else drawn
+        from softmax(logits / temperature).  Prompts may be padded on either side.
+        eos_id: one id or several that end a row, by default the checkpoint's; the rest is padding.
+        Raises ValueError for an encoder alone, in training mode, and without a prompt.
         """
-        if self.decoder is None or self.training or input_ids.numel() == 0:
-            raise ValueError(f"generate needs a decoder, in eval mode, and a prompt; got {type(self.decoder).__name__}, "
-                             f"training {self.training}, input_ids of shape {tuple(input_ids.shape)}")
-        eos = torch.tensor(as_list(self.config.eos_id if eos_id is None else eos_id), device=input_ids.device)
-        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
-        cache, memory, memory_mask = [([], []) for _ in self.decoder.blocks], None, None
-        ids = input_ids
+        require(self.decoder is not None and not self.training and input_ids.numel(),
+                "generate needs a decoder, in eval mode, and a prompt")
+        eos = as_list(self.config.eos_id if eos_id is None else eos_id)
+        eos = torch.tensor(eos, device=input_ids.device)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = memory_mask = mask.bool()
+        ids, memory = input_ids, None
         if self.encoder is not None:
-            memory, memory_mask = self.encoder(ids, mask), as_key_mask(mask)
+            memory = self.encoder(ids, mask)
             ids = torch.full_like(ids[:, :1], self.config.start_id)
             mask = torch.ones_like(ids, dtype=torch.bool)
-        last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)  # of each prompt
+        cache = [([], []) for _ in self.decoder.blocks]
         new = torch.full((len(ids), max_new_tokens), self.config.pad_id, device=ids.device)
-        rows = torch.arange(len(ids), device=ids.device)         # those of the batch that go on
+        rows = torch.arange(len(ids), device=ids.device)  # those that have not ended
+        last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)  # place of each row's last token
         for step in range(max_new_tokens):
-            h = self.decoder(ids, mask, None, memory, memory_mask, cache)
+            h = self.decoder(ids, mask, None, memory, memory_mask, cache)           # (B, L, D)
             logits = self.logits(h[torch.arange(len(h), device=h.device), last]).float()  # (B, V)
             if temperature > 0:
                 token = torch.multinomial(torch.softmax(logits / temperature, -1), 1)[:, 0]
             else:
-                token = logits.argmax(-1)
+                token = logits.argmax(-1)                                           # (B,)
             new[rows, step] = token
             on = ~torch.isin(token, eos)
-            if not on.all():
-                rows, token, mask, last = rows[on], token[on], mask[on], last[on]
-                cache = [tuple([part[on] for part in attention] for attention in block) for block in cache]
-                memory, memory_mask = (None if part is None else part[on] for part in (memory, memory_mask))
-            if len(rows) == 0:
-                return new[:, :step + 1]
-            ids, last = token[:, None], torch.zeros_like(last)
+            if not on.all():  # of the memory the cache has all that is needed
+                rows, token, mask, memory_mask = rows[on], token[on], mask[on], memory_mask[on]
+                if len(rows) == 0:
+                    return new[:, :step + 1]
+                for block in cache:
+                    for attention in block:
+                        attention[:] = [part[on] for part in attention]
+            ids, last = token[:, None], -1
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         return new
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id, num_labels=None, dtype=None, revision=None):
-        """The model of a folder with config.json and weights (model.safetensors or pytorch_model.bin), or of a hub id, in
-        eval mode.
-
-        num_labels: outputs of an encoder's classifier, drawn anew where the checkpoint has none of that size; without
-        it there is no classifier.  dtype: of the parameters, float32 by default.  revision: of the hub's repository.
-        Raises ValueError, naming the file, for a family or setting that is not supported and for tensors that are
-        missing, unexpected or misshapen.
+        """The model of a folder with config.json and weights, or of a hub id, in eval mode.
+        num_labels: outputs of an encoder's classifier, drawn anew where the checkpoint has none of
+        that size.  dtype: float32 by default.  ValueError names a file that does not fit.
         """
         folder = local_folder(folder_or_hub_id, revision)
         config, family = read_config(folder)
-        path, found = read_tensors(folder)
-        if max(config.encoder_layers, config.decoder_layers) > len(found):
-            raise ValueError(f"{path}: {len(found)} tensors, for the {config.encoder_layers} + {config.decoder_layers} layers "
-                             "of config.json")
-        names = module_names(config, family)
-        tensors = rename_tensors(found, family, names, path)
-        config.tied = config.tied and not has_own_head(tensors, config)
-        if num_labels is not None and config.decoder_layers:
-            raise ValueError(f"{folder}: num_labels is {num_labels}, but a model with a decoder has no classifier")
+        require(num_labels is None or not config.decoder_layers, f"{folder}: num_labels is "
+                f"{num_labels}, but a model with a decoder has no classifier")
         config.num_labels, config.pooler = num_labels, config.pooler and num_labels is not None
-        with torch.device("meta"):  # shapes only: the values come from the file
-            model = cls(config)
+        path, found = read_tensors(folder)
+        with naming(path):
+            layers = max(config.encoder_layers, config.decoder_layers)
+            require(layers <= len(found), f"{len(found)} tensors; config.json has {layers} layers")
+            names = module_names(config, family)
+            tensors = rename_tensors(found, family, names)
+            head = tensors.get("lm_head.weight")
+            tokens = tensors.get("encoder.tokens.weight", tensors.get("decoder.tokens.weight"))
+            if head is not None and tokens is not None and not torch.equal(head, tokens):
+                config.tied = False  # transformers 5 writes True for every T5
+            with torch.device("meta"):  # shapes only: the values come from the file
+                model = cls(config)
+            expected = dict(model.named_parameters())  # a shared parameter once
+            fit_tensors(tensors, expected)
         model.module_names = {ours: theirs for theirs, ours in names.items()}
-        expected = dict(model.named_parameters())  # a shared parameter once
-        fresh = {key for key in expected if key.startswith("classifier.")}
-        if any(key not in tensors or tensors[key].shape != expected[key].shape for key in fresh):
-            tensors |= {key: fresh_parameter(expected[key]) for key in sorted(fresh)}
-        require_same_tensors(path, tensors, expected, config)
         dtype = torch.float32 if dtype is None else dtype
-        model.load_state_dict({key: tensors[key].to(dtype, copy=True) for key in expected}, assign=True, strict=False)
+        values = {key: tensors[key].to(dtype, copy=True) for key in expected}
+        model.load_state_dict(values, assign=True, strict=False)
         return model.requires_grad_(True).eval()
 
 
-def require_same_tensors(path, tensors, expected, config):
-    """ValueError for one that is missing, unexpected, no floating-point numbers or misshapen; heads may be left unused."""
-    unused = {key for key in tensors if key not in expected and re.match(r"(pooler|classifier)\.", key)}
-    if config.tied:
-        unused.add("lm_head.weight")
-    for key in sorted(expected.keys() | (tensors.keys() - unused)):
-        if key not in tensors or key not in expected:
-            raise ValueError(f"{path}: {key} is {'missing' if key not in tensors else 'unexpected'}")
-        if not tensors[key].is_floating_point():
-            raise ValueError(f"{path}: {key} is of {tensors[key].dtype}, expected floating-point numbers")
-        if tensors[key].shape != expected[key].shape:
-            raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, config.json says {tuple(expected[key].shape)}")
-
-
-def has_own_head(tensors, config):
-    """Is there an output head that is not the embedding?  transformers 5 writes into every T5's config.json that it is."""
-    head = tensors.get("lm_head.weight")
-    return head is not None and not torch.equal(head, tensors.get(f"{'en' if config.encoder_layers else 'de'}coder.tokens.weight", head))
-
-
-def as_key_mask(mask):
-    return None if mask is None else mask[:, None, None, :]                               # (B, 1, 1, K)
-
-
 def as_list(ids):
-    """Of one id, several or None."""
-    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    """A list of one id, of several, or of None."""
+    ids = [] if ids is None else ids
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
-def make_classifier(config):
-    out = nn.Linear(config.d_model, config.num_labels)
-    if not config.dense_head:
-        return out
-    return nn.Sequential(OrderedDict(dense=nn.Linear(config.d_model, config.d_model), tanh=nn.Tanh(), out_proj=out))
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
-def fresh_parameter(like):
-    return torch.randn(like.shape) * 0.02 if like.dim() > 1 else torch.zeros(like.shape)
+def check_config(config):
+    """ValueError naming the first field of the wrong type, out of range, or at odds with others."""
+    for item in fields(config):
+        name, value = item.name, getattr(config, item.name)
+        kinds = get_args(item.type) or (item.type,)
+        least, most = 0 if item.default == 0 else 1, 2**31  # of an integer
+        if float in kinds:
+            kinds, least, most = (*kinds, int), 0, 1 if "dropout" in name else 1e38
+        good = type(value) not in (int, float) or name == "eos_id" or least <= value < most
+        require(type(value) in kinds and good, f"{name} is {value!r}: wrong kind or out of range")
+    for value in (config.rope_theta, *config.rope_scaling.values()):
+        good = type(value) in (int, float) and 1e-9 <= value < math.inf
+        require(good, f"rope_theta is {config.rope_theta}, rope_scaling {config.rope_scaling}")
+    for token in (config.pad_id, config.start_id, *as_list(config.eos_id)):
+        good = type(token) is int and 0 <= token < config.vocab_size
+        require(good, f"pad_id, start_id or eos_id is {token!r}; vocabulary: {config.vocab_size}")
+    buckets, distance = config.relative_buckets, config.relative_distance
+    require(buckets >= 4 and distance > buckets // 2,
+            f"relative_buckets is {buckets}, relative_distance {distance}")
+    D, H, G = config.d_model, config.heads, config.kv_heads or config.heads
+    require(H % G == 0 and (config.head_dim is not None or D % H == 0),
+            f"d_model is {D}, heads {H} and kv_heads {G}: expected multiples")
+    name, known = config.activation, ", ".join(ACTIVATIONS)
+    require(name in ACTIVATIONS, f"activation is {name!r}; expected one of {known}")
 
 
-def init_weights(module):
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-# ---------------------------------------------------------------------------------------------- families
-
-# module names: the checkpoint's and ours, {} for the number of the block
+# --------------------------------------------------------------------------------------- families
+# (their prefix, ours, {their name: ours}); {} is a block's number, * is each of q, k, v and o
 BERT_MODULES = [
-    ("bert.embeddings.word_embeddings", "encoder.tokens"),
-    ("bert.embeddings.position_embeddings", "encoder.positions"),
-    ("bert.embeddings.token_type_embeddings", "encoder.types"),
-    ("bert.embeddings.LayerNorm", "encoder.embedding_norm"),
-    ("bert.encoder.layer.{}.attention.self.query", "encoder.blocks.{}.attention.q"),
-    ("bert.encoder.layer.{}.attention.self.key", "encoder.blocks.{}.attention.k"),
-    ("bert.encoder.layer.{}.attention.self.value", "encoder.blocks.{}.attention.v"),
-    ("bert.encoder.layer.{}.attention.output.dense", "encoder.blocks.{}.attention.o"),
-    ("bert.encoder.layer.{}.attention.output.LayerNorm", "encoder.blocks.{}.attention_norm"),
-    ("bert.encoder.layer.{}.intermediate.dense", "encoder.blocks.{}.mlp.up"),
-    ("bert.encoder.layer.{}.output.dense", "encoder.blocks.{}.mlp.down"),
-    ("bert.encoder.layer.{}.output.LayerNorm", "encoder.blocks.{}.mlp_norm"),
-    ("bert.pooler.dense", "pooler"),
-    ("classifier", "classifier"),
+    ("embeddings.", "encoder.", {
+        "word_embeddings": "tokens", "position_embeddings": "positions",
+        "token_type_embeddings": "types", "LayerNorm": "embedding_norm"}),
+    ("encoder.layer.{}.", "encoder.blocks.{}.", {
+        "attention.self.query": "attention.q", "attention.self.key": "attention.k",
+        "attention.self.value": "attention.v", "attention.output.dense": "attention.o",
+        "attention.output.LayerNorm": "attention_norm", "intermediate.dense": "mlp.up",
+        "output.dense": "mlp.down", "output.LayerNorm": "mlp_norm"}),
+    ("pooler.", "", {"dense": "pooler"}),
 ]
-ROBERTA_MODULES = [(theirs.replace("bert.", "roberta.", 1), ours) for theirs, ours in BERT_MODULES[:-1]] + [
-    ("classifier.dense", "classifier.dense"),
-    ("classifier.out_proj", "classifier.out_proj"),
-]
+ROBERTA_HEAD = ["classifier.dense", "classifier.out_proj"]
+T5_ATTENTION = {"SelfAttention.*": "attention.*", "layer_norm": "attention_norm"}
+T5_CROSS = {"EncDecAttention.*": "cross.*", "layer_norm": "cross_norm"}
+T5_MLP = {"DenseReluDense.wi_0": "mlp.gate", "DenseReluDense.wi_1": "mlp.up",  # v1.0: wi alone
+          "DenseReluDense.wo": "mlp.down", "layer_norm": "mlp_norm"}
+T5_STACK = {"final_layer_norm": "final_norm",
+            "block.0.layer.0.SelfAttention.relative_attention_bias": "relative_bias"}
 T5_MODULES = [
-    ("shared", "encoder.tokens"),
-    *((f"{stack}.block.{{}}.layer.0.SelfAttention.{p}", f"{stack}.blocks.{{}}.attention.{p}")
-      for stack in ("encoder", "decoder") for p in "qkvo"),
-    *((f"{stack}.block.{{}}.layer.0.layer_norm", f"{stack}.blocks.{{}}.attention_norm") for stack in ("encoder", "decoder")),
-    *((f"decoder.block.{{}}.layer.1.EncDecAttention.{p}", f"decoder.blocks.{{}}.cross.{p}") for p in "qkvo"),
-    ("decoder.block.{}.layer.1.layer_norm", "decoder.blocks.{}.cross_norm"),
-    *((f"{stack}.block.{{}}.layer.{i}.{theirs}", f"{stack}.blocks.{{}}.{ours}")
-      for stack, i in (("encoder", 1), ("decoder", 2))
-      for theirs, ours in (("DenseReluDense.wi", "mlp.up"), ("DenseReluDense.wi_0", "mlp.gate"),
-                           ("DenseReluDense.wi_1", "mlp.up"), ("DenseReluDense.wo", "mlp.down"), ("layer_norm", "mlp_norm"))),
-    *((f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{stack}.relative_bias")
-      for stack in ("encoder", "decoder")),
-    ("encoder.final_layer_norm", "encoder.final_norm"),
-    ("decoder.final_layer_norm", "decoder.final_norm"),
-    ("lm_head", "lm_head"),
+    ("", "encoder.", {"shared": "tokens"}),
+    ("encoder.", "encoder.", T5_STACK),
+    ("encoder.block.{}.layer.0.", "encoder.blocks.{}.", T5_ATTENTION),
+    ("encoder.block.{}.layer.1.", "encoder.blocks.{}.", T5_MLP),
+    ("decoder.", "decoder.", T5_STACK),
+    ("decoder.block.{}.layer.0.", "decoder.blocks.{}.", T5_ATTENTION),
+    ("decoder.block.{}.layer.1.", "decoder.blocks.{}.", T5_CROSS),
+    ("decoder.block.{}.layer.2.", "decoder.blocks.{}.", T5_MLP),
 ]
 LLAMA_MODULES = [
-    ("model.embed_tokens", "decoder.tokens"),
-    *((f"model.layers.{{}}.self_attn.{p}_proj", f"decoder.blocks.{{}}.attention.{p}") for p in "qkvo"),
-    *((f"model.layers.{{}}.mlp.{p}_proj", f"decoder.blocks.{{}}.mlp.{p}") for p in ("gate", "up", "down")),
-    ("model.layers.{}.input_layernorm", "decoder.blocks.{}.attention_norm"),
-    ("model.layers.{}.post_attention_layernorm", "decoder.blocks.{}.mlp_norm"),
-    ("model.norm", "decoder.final_norm"),
-    ("lm_head", "lm_head"),
+    ("", "decoder.", {"embed_tokens": "tokens", "norm": "final_norm"}),
+    ("layers.{}.", "decoder.blocks.{}.", {
+        "self_attn.*_proj": "attention.*", "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up",
+        "mlp.down_proj": "mlp.down", "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "mlp_norm"}),
 ]
+DROPPED = re.compile(  # tensors of a checkpoint that no model here has
+    r"^cls\.|^lm_head\.(dense|layer_norm|decoder|bias)|position_ids$|embed_tokens\.weight$|"
+    r"rotary_emb\.inv_freq$|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
 
 
-def bert_config(raw):
-    raw.only(position_embedding_type=("absolute",), is_decoder=(False,), add_cross_attention=(False,), **UNSUPPORTED)
+def bert_config(raw, roberta=False):
+    only(raw, position_embedding_type=["absolute"], is_decoder=[False], add_cross_attention=[False])
+    pad_id, length = raw.get("pad_token_id", 1 if roberta else 0), raw["max_position_embeddings"]
+    offset = pad_id + 1 if roberta else 0
     return Config(
-        vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
+        vocab_size=raw["vocab_size"], max_length=length - offset, position_offset=offset,
+        d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
         heads=raw["num_attention_heads"], encoder_layers=raw["num_hidden_layers"],
-        max_length=raw["max_position_embeddings"], token_types=raw.get("type_vocab_size", 2), norm_first=False,
-        embedding_norm=True, pooler=True, activation=raw.get("hidden_act", "gelu"), eps=raw.get("layer_norm_eps", 1e-12),
-        dropout=raw.get("hidden_dropout_prob", 0.1),
-        attention_dropout=raw.get("attention_probs_dropout_prob", 0.1), pad_id=raw.get("pad_token_id", 0))
-
-
-def roberta_config(raw):
-    config = bert_config(raw)
-    config.pad_id = raw.get("pad_token_id", 1)
-    config.position_offset, config.pooler, config.dense_head = config.pad_id + 1, False, True
-    config.max_length -= config.position_offset
-    return config
+        token_types=raw.get("type_vocab_size", 2), norm_first=False, embedding_norm=True,
+        activation=raw.get("hidden_act", "gelu"), eps=raw.get("layer_norm_eps", 1e-12),
+        dropout=raw.get("hidden_dropout_prob", 0.1), pad_id=pad_id, pooler=not roberta,
+        attention_dropout=raw.get("attention_probs_dropout_prob", 0.1), dense_head=roberta)
 
 
 def t5_config(raw):
-    raw.only(feed_forward_proj=("relu", "gated-gelu"), is_encoder_decoder=(True,), scale_decoder_outputs=(True, False), **UNSUPPORTED)
-    gated, tied = raw.get("feed_forward_proj", "relu") == "gated-gelu", raw.get("tie_word_embeddings", True)
-    raw.only(dense_act_fn=("gelu_new" if gated else "relu",), is_gated_act=(gated,))
+    gated = raw.get("feed_forward_proj", "relu") == "gated-gelu"
+    activation = "gelu_new" if gated else "relu"
+    only(raw, feed_forward_proj=["relu", "gated-gelu"], is_encoder_decoder=[True],
+         scale_decoder_outputs=[True, False], dense_act_fn=[activation], is_gated_act=[gated])
+    tied, dropout = raw.get("tie_word_embeddings", True), raw.get("dropout_rate", 0.1)
     return Config(
-        vocab_size=raw["vocab_size"], d_model=raw["d_model"], d_ff=raw["d_ff"], heads=raw["num_heads"],
-        head_dim=raw["d_kv"], encoder_layers=raw["num_layers"],
-        decoder_layers=raw.get("num_decoder_layers", raw["num_layers"]), positions="relative", max_length=None,
+        vocab_size=raw["vocab_size"], max_length=None, d_model=raw["d_model"], d_ff=raw["d_ff"],
+        heads=raw["num_heads"], head_dim=raw["d_kv"], encoder_layers=raw["num_layers"],
+        decoder_layers=raw.get("num_decoder_layers", raw["num_layers"]), positions="relative",
         relative_buckets=raw.get("relative_attention_num_buckets", 32),
-        relative_distance=raw.get("relative_attention_max_distance", 128), norm="rms", gated=gated,
-        activation="gelu_new" if gated else "relu", qkv_bias=False, bias=False, attention_scale=1.0, tied=tied,
-        logit_scale=raw["d_model"] ** -0.5 if raw.get("scale_decoder_outputs", tied) else 1.0, eps=raw.get("layer_norm_epsilon", 1e-6),
-        dropout=raw.get("dropout_rate", 0.1), attention_dropout=raw.get("dropout_rate", 0.1), pad_id=raw.get("pad_token_id", 0),
+        relative_distance=raw.get("relative_attention_max_distance", 128),
+        norm="rms", eps=raw.get("layer_norm_epsilon", 1e-6), qkv_bias=False, bias=False,
+        attention_scale=1.0, gated=gated, activation=activation, tied=tied, dropout=dropout,
+        logit_scale=raw["d_model"] ** -0.5 if raw.get("scale_decoder_outputs", tied) else 1.0,
+        attention_dropout=dropout, pad_id=raw.get("pad_token_id", 0),
         start_id=raw.get("decoder_start_token_id", 0), eos_id=raw.get("eos_token_id", 1))
 
 
 def llama_config(raw, qkv_bias=False):
-    raw.only(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), use_sliding_window=(False,),
-             partial_rotary_factor=(1, 1.0), **UNSUPPORTED)
-    if set(raw.get("layer_types", [])) - {"full_attention"}:
-        raw.refuse("layer_types", raw["layer_types"], ("full_attention",))
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    if kind not in ("default", "llama3"):
-        raw.refuse("rope_type", kind, ("default", "llama3"))
-    if kind == "llama3" and LLAMA3_SCALING - rope.keys():
-        raise ValueError(f"{raw.path}: the rope scaling has no {min(LLAMA3_SCALING - rope.keys())}")
-    theta, pad, vocab_size = rope.pop("rope_theta", raw.get("rope_theta", 1e4)), raw.get("pad_token_id", 0), raw["vocab_size"]
+    only(raw, hidden_act=["silu"], attention_bias=[False], mlp_bias=[False],
+         use_sliding_window=[False], partial_rotary_factor=[1])
+    for kind in raw.get("layer_types", []):
+        require(kind == "full_attention", f"layer_types has {kind!r}; expected 'full_attention'")
+    rope = {**raw.get("rope_scaling", {}), **raw.get("rope_parameters", {})}
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), {}
+    only({"rope_type": kind}, rope_type=["default", "llama3"])
+    for key in LLAMA3 if kind == "llama3" else []:
+        require(key in rope, f"the rope scaling has no {key}")
+        scaling[key] = rope[key]
+    pad_id, vocab_size = raw.get("pad_token_id", 0), raw["vocab_size"]
     return Config(
-        vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
-        heads=raw["num_attention_heads"], kv_heads=raw.get("num_key_value_heads"), head_dim=raw.get("head_dim"),
-        decoder_layers=raw["num_hidden_layers"], positions="rotary", max_length=raw["max_position_embeddings"],
-        rope_theta=theta, rope_scaling={k: rope[k] for k in LLAMA3_SCALING} if kind == "llama3" else {}, norm="rms",
-        gated=True, activation="silu", qkv_bias=qkv_bias, bias=False, tied=raw.get("tie_word_embeddings", False),
-        eps=raw.get("rms_norm_eps", 1e-6),
-        attention_dropout=raw.get("attention_dropout", 0.0), pad_id=pad if 0 <= pad < vocab_size else 0, eos_id=raw.get("eos_token_id"))
+        vocab_size=vocab_size, max_length=raw["max_position_embeddings"],
+        d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
+        heads=raw["num_attention_heads"], kv_heads=raw.get("num_key_value_heads"),
+        head_dim=raw.get("head_dim"), decoder_layers=raw["num_hidden_layers"],
+        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 1e4)), rope_scaling=scaling,
+        positions="rotary", norm="rms", eps=raw.get("rms_norm_eps", 1e-6), gated=True,
+        activation="silu", tied=raw.get("tie_word_embeddings", False), qkv_bias=qkv_bias,
+        attention_dropout=raw.get("attention_dropout", 0.0), eos_id=raw.get("eos_token_id"),
+        bias=False, pad_id=pad_id if 0 <= pad_id < vocab_size else 0)  # some files have -1
 
 
-LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-UNSUPPORTED = {"num_experts": (None,), "num_local_experts": (None,), "quantization_config": (None,)}
-FAMILIES = {  # model_type: (config, module names, prefix that a file may lack)
-    "bert": (bert_config, BERT_MODULES, "bert."),
-    "roberta": (roberta_config, ROBERTA_MODULES, "roberta."),
-    "t5": (t5_config, T5_MODULES, ""),
-    "llama": (llama_config, LLAMA_MODULES, "model."),
-    "qwen2": (partial(llama_config, qkv_bias=True), LLAMA_MODULES, "model."),
+LLAMA3 = "factor high_freq_factor low_freq_factor original_max_position_embeddings".split()
+FAMILIES = {  # model_type: (config, names of modules, their prefix, the head's without a prefix)
+    "bert": (bert_config, BERT_MODULES, "bert.", ["classifier"]),
+    "roberta": (partial(bert_config, roberta=True), BERT_MODULES, "roberta.", ROBERTA_HEAD),
+    "t5": (t5_config, T5_MODULES, "", ["lm_head"]),
+    "llama": (llama_config, LLAMA_MODULES, "model.", ["lm_head"]),
+    "qwen2": (partial(llama_config, qkv_bias=True), LLAMA_MODULES, "model.", ["lm_head"]),
 }
-DROPPED = re.compile(r"^cls\.|^lm_head\.(dense|layer_norm|decoder|bias)|position_ids$|embed_tokens\.weight$|"
-                     r"rotary_emb\.inv_freq$|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
 
 
-class RawConfig(dict):
-    """config.json, whose complaints name the file."""
-
-    def __init__(self, path):
-        self.path = path
-        with open(path, encoding="utf-8") as file:
-            try:
-                super().__init__(json.load(file))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}: not a JSON object: {error}") from None
-
-    def __missing__(self, key):
-        raise ValueError(f"{self.path}: {key} is missing")
-
-    def get(self, key, default=None):
-        """Null is as good as absent."""
-        value = super().get(key)
-        return default if value is None else value
-
-    def only(self, **expected):
-        for key, values in expected.items():
-            if key in self and self[key] not in (*values, None):
-                self.refuse(key, self[key], values)
-
-    def refuse(self, key, value, expected):
-        raise ValueError(f"{self.path}: {key} is {value!r}; expected {' or '.join(map(repr, expected))}")
-
-
-SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-
-
-def local_folder(folder_or_hub_id, revision=None, weights=True):
-    """The folder itself, or the one in the hub's cache with a model's files, downloaded where it lacks them.
-
-    The hub's own settings hold: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.  ValueError where there is neither.
-    """
-    name = os.fspath(folder_or_hub_id)
-    if os.path.isdir(name):
-        if revision is not None:
-            raise ValueError(f"{name} is a folder; revision {revision} is for the id of a model on the hub")
-        return name
-    if name.startswith(("/", ".", "~")):
-        raise ValueError(f"{name}: no such folder; expected one with a model's files, or the id of a model on the hub")
-    fetch = partial(snapshot_download, name, revision=revision)
-    try:
-        folder = fetch(allow_patterns=[*SMALL_FILES, *(weight_files("model", "safetensors") if weights else [])])
-        if weights and not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-            fetch(allow_patterns=weight_files("pytorch_model", "bin"))
-    except Exception as error:  # of several libraries: no network, no such model, no permission, no such revision
-        raise ValueError(f"{name}: no such folder, nor could it be had from the hub ({' '.join(str(error).split())}); "
-                         "give a folder that has the model's files, or the id of a model on the hub and a connection") from None
-    return folder
-
-
-def weight_files(stem, suffix):
-    return [f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json"]
+def only(raw, **expected):
+    """ValueError for a setting that is there and not one of those expected."""
+    for key, values in expected.items():
+        value, known = raw.get(key, values[0]), " or ".join(map(repr, values))
+        require(value in values, f"{key} is {value!r}; expected {known}")
 
 
 def read_config(folder):
-    """(Config, model_type) of a folder's config.json."""
-    raw = RawConfig(os.path.join(folder, "config.json"))
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raw.refuse("model_type", family, FAMILIES)
-    try:
-        config = FAMILIES[family][0](raw)
+    """(Config, model_type) of a folder's config.json, where null is as good as absent."""
+    path = os.path.join(folder, "config.json")
+    raw = {key: value for key, value in read_json(path).items() if value is not None}
+    with naming(path):
+        only(raw, model_type=list(FAMILIES), num_experts=[None], num_local_experts=[None],
+             quantization_config=[None])
+        config = FAMILIES[raw["model_type"]][0](raw)
         check_config(config)
-    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
-        raise ValueError(f"{raw.path}: a value of the wrong kind: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{raw.path}: {str(error).removeprefix(raw.path + ': ')}") from None
-    return config, family
-
-
-def check_config(config):
-    """ValueError naming the first field that is not of its type, or out of range."""
-    may_be_zero = {"encoder_layers", "decoder_layers", "position_offset", "token_types", "pad_id", "start_id"}
-    for item in fields(config):
-        value, kind = getattr(config, item.name), item.type
-        if value is None:
-            right = kind in (int | None, float | None, int | list | None)
-        elif kind in (int, int | None):
-            right = type(value) is int and (item.name not in may_be_zero) <= value < 2**31
-        elif kind in (float, float | None):
-            least, most = (1e-9 if item.name == "rope_theta" else 0), (1 if "dropout" in item.name else 1e38)
-            right = type(value) in (int, float) and least <= value < most
-        elif item.name == "eos_id":
-            right = all(type(token) is int for token in as_list(value))
-        else:
-            right = kind is not bool or type(value) is bool
-        if not right:
-            raise ValueError(f"{item.name} is {value!r}")
-    if any(type(value) not in (int, float) or not 0 < value < math.inf for value in config.rope_scaling.values()):
-        raise ValueError(f"rope_scaling is {config.rope_scaling}")
-    for name in ("pad_id", "start_id", "eos_id"):
-        if not all(0 <= token < config.vocab_size for token in as_list(getattr(config, name))):
-            raise ValueError(f"{name} is {getattr(config, name)}; there are {config.vocab_size} tokens")
-    if config.relative_distance <= config.relative_buckets // 2 or config.relative_buckets < 4:
-        raise ValueError(f"relative_buckets is {config.relative_buckets}, relative_distance {config.relative_distance}")
-    D, H, K, E = config.d_model, config.heads, config.kv_heads or config.heads, config.head_dim
-    if (E is None and D % H) or H % K:
-        raise ValueError(f"d_model is {D}, heads {H} and kv_heads {K}: expected multiples")
-    if config.activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {config.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    return config, raw["model_type"]
 
 
 def module_names(config, family):
-    """{module name in the checkpoint: ours}; turned round it leads back to the Hugging Face tree."""
-    rows, gated = FAMILIES[family][1], config.gated
-    rows = [(a, b) for a, b in rows if not a.endswith(("wi",) if gated else ("wi_0", "wi_1"))]
-    blocks = range(max(config.encoder_layers, config.decoder_layers))
-    return {a.replace("{}", str(i)): b.replace("{}", str(i)) for a, b in rows for i in (blocks if "{}" in a else [0])}
+    """{module name in the checkpoint: ours}."""
+    _, modules, prefix, heads = FAMILIES[family]
+    layers = max(config.encoder_layers, config.decoder_layers)
+    names = {head: head for head in heads}
+    for theirs, ours, table in modules:
+        for i in range(layers) if "{}" in theirs else [0]:
+            for a, b in table.items():
+                a = a if config.gated else a.replace("wi_1", "wi")  # T5 v1.0
+                for letter in "qkvo" if "*" in a else "*":
+                    key = prefix + theirs.format(i) + a.replace("*", letter)
+                    names[key] = ours.format(i) + b.replace("*", letter)
+    return names
 
 
-def rename_tensors(tensors, family, names, path):
-    """{our parameter name: tensor}; what no model here has is left out, what is unknown is refused."""
-    prefix, renamed = FAMILIES[family][2], {}
+# ------------------------------------------------------------------------------- checkpoint files
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+PICKLES = ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def local_folder(folder_or_hub_id, revision=None, weights=True):
+    """The folder itself, or the hub's cache of it, downloaded where it lacks files; ValueError."""
+    name = os.fspath(folder_or_hub_id)
+    if os.path.isdir(name):
+        require(revision is None, f"{name} is a folder; revision {revision} is for a hub id")
+        return name
+    require(not name.startswith(("/", ".", "~")), f"{name}: no such folder; expected one with a "
+            "model's files, or the id of a model on the hub")
+    fetch = partial(snapshot_download, name, revision=revision)
+    try:
+        folder = fetch(allow_patterns=["config.json", *TOKENIZER, *(WEIGHTS if weights else [])])
+        if weights and not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            fetch(allow_patterns=PICKLES)
+    except Exception as error:  # of several libraries: no network, no such model, no permission
+        raise ValueError(f"{name}: no such folder, nor could it be had from the hub "
+                         f"({' '.join(str(error).split())}); give a folder that has the model's "
+                         "files, or the id of a model on the hub and a connection") from None
+    return folder
+
+
+@contextmanager
+def naming(path, what=""):
+    """Whatever goes wrong in the block becomes a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:  # of several libraries, some of which raise Exception itself
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: {what}" + reason.partition("\n")[0]) from None
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as file, naming(path, "not a JSON object: "):
+        return dict(json.load(file))
+
+
+def rename_tensors(tensors, family, names):
+    """{our parameter name: tensor}; what no model here has is left out, the unknown is refused."""
+    renamed, (_, _, prefix, _) = {}, FAMILIES[family]
     for key, tensor in tensors.items():
         module, _, last = key.rpartition(".")
         last = {"gamma": "weight", "beta": "bias"}.get(last, last)
-        ours = names.get(module) or names.get(prefix + module)
-        if f"{ours}.{last}" in renamed:
-            raise ValueError(f"{path}: {key} is there under two names")
+        ours = names.get(module, names.get(prefix + module))
+        require(ours is not None or DROPPED.search(key), f"{key} is unexpected")
+        require(f"{ours}.{last}" not in renamed, f"{key} is there under two names")
         if ours is not None:
             renamed[f"{ours}.{last}"] = tensor
-        elif not DROPPED.search(key):
-            raise ValueError(f"{path}: {key} is unexpected")
     return renamed
 
 
+def fit_tensors(tensors, expected):
+    """Draw a classifier where none fits, then ValueError for the first tensor that does not."""
+    head = {key: p.shape for key, p in sorted(expected.items()) if key.startswith("classifier.")}
+    if any(key not in tensors or tensors[key].shape != head[key] for key in head):
+        for key, shape in head.items():
+            tensors[key] = torch.randn(shape) * 0.02 if len(shape) > 1 else torch.zeros(shape)
+    for key in sorted(expected.keys() | tensors.keys()):
+        if key not in expected and re.match(r"(pooler|classifier)\.|lm_head\.weight$", key):
+            continue  # the head of a model that has none, or is tied
+        require(key in tensors, f"{key} is missing")
+        require(key in expected, f"{key} is unexpected")
+        found, shape = tensors[key], tuple(expected[key].shape)
+        require(found.is_floating_point(), f"{key} is of {found.dtype}, expected floating point")
+        found = tuple(found.shape)
+        require(found == shape, f"{key} has shape {found}, config.json says {shape}")
+
+
 def read_tensors(folder):
-    """(path, {name: tensor}) of model.safetensors or pytorch_model.bin, in one file or in the shards of an index."""
+    """(path, {name: tensor}) of model.safetensors or pytorch_model.bin, or of their shards."""
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             return path, read(path)
         index = path + ".index.json"
         if os.path.isfile(index):
-            files = RawConfig(index)["weight_map"]
-            if not isinstance(files, dict):
-                raise ValueError(f"{index}: weight_map is no object")
-            for file in files.values():
-                if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*", file, re.ASCII):
-                    raise ValueError(f"{index}: {file!r} is no plain file name")
-            tensors = {}
-            for file in sorted(set(files.values())):
-                shard = read(os.path.join(folder, file))
-                for key in shard:
-                    if files.get(key) != file:
-                        raise ValueError(f"{index}: {key} is in {file}, not in {files.get(key)}")
-                tensors |= shard
-            if files.keys() - tensors.keys():
-                raise ValueError(f"{index}: {min(files.keys() - tensors.keys())} is in no file")
-            return index, tensors
-    raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin, nor an index of either")
+            return index, read_shards(index, read)
+    raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin, nor an index")
+
+
+def read_shards(index, read):
+    """{name: tensor} of the files that an index names, which must hold what it says."""
+    tensors, files = {}, read_json(index)
+    with naming(index):
+        files = files["weight_map"]
+        require(isinstance(files, dict), "weight_map is no object")
+        for file in sorted(set(files.values()), key=str):
+            plain = isinstance(file, str) and re.fullmatch(r"\w[\w.-]*", file, re.ASCII)
+            require(plain, f"{file!r} is no plain file name")
+            shard = read(os.path.join(os.path.dirname(index), file))
+            for key in shard:
+                require(files.get(key) == file, f"{key} is in {file}, not in {files.get(key)}")
+            tensors |= shard
+        for key in files:
+            require(key in tensors, f"{key} is in no file")
+    return tensors
 
 
 def read_bin(path):
     """{name: tensor} of a file that torch.save wrote."""
-    with open(path, "rb") as file:
-        try:
-            tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:  # whatever a broken file makes the unpickler stumble over
-            raise ValueError(f"{path}: not a file of tensors ({type(error).__name__})") from None
-    for key, value in tensors.items():
-        if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta):
-            raise ValueError(f"{path}: {key} is not a dense tensor")
+    with open(path, "rb") as file, naming(path, "not a file of tensors: "):
+        tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
+        for key, t in tensors.items():
+            dense = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta
+            require(dense and isinstance(key, str), f"{key} is not a dense tensor")
     return tensors
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file, memory-mapped copy-on-write; ValueError naming a file that is not one."""
-    with open(path, "rb") as file:
-        start, header = read_header(path, file)
-        buffer, end = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), 0
-    for begin, stop, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
-        require(path, begin == end, f"{name} begins at byte {begin}, expected {end}")
-        end = stop
-    require(path, start + end == len(buffer), f"its tensors end at byte {start + end} of {len(buffer)}")
-    tensors = {}
-    for name, entry in header.items():
-        dtype, shape, begin = DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0]
-        if math.prod(shape) == 0:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        else:
-            tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
+    """{name: tensor}, memory-mapped copy-on-write; ValueError for what is no safetensors file."""
+    def without_duplicates(pairs):
+        require(len(dict(pairs)) == len(pairs), "a key appears twice")
+        return dict(pairs)
+
+    with open(path, "rb") as file, naming(path, "not a safetensors file: "):
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        start = place = 8 + length
+        require(start <= min(size, 100_000_008), f"a header of {length} bytes in {size}")
+        header = json.loads(file.read(length).decode(), object_pairs_hook=without_duplicates)
+        header.pop("__metadata__", None)
+        buffer, tensors = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, span = entry["shape"], entry["data_offsets"]
+            require(entry["dtype"] in list(DTYPES), f"{name} has the dtype {entry['dtype']}")
+            dtype, numbers = DTYPES[entry["dtype"]], [*shape, *span]
+            good = len(shape) <= 64 and all(type(n) is int and n >= 0 for n in numbers)
+            require(good, f"{name} has an impossible shape")
+            end = place + math.prod(shape) * dtype.itemsize
+            require(span == [place - start, end - start], f"{name} is not at bytes {span}")
+            if place == end:
+                tensors[name] = torch.empty(shape, dtype=dtype)
+            else:
+                flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=place)
+                tensors[name] = flat.view(shape)
+            place = end
+        require(place == size, f"its tensors end at byte {place} of {size}")
     return tensors
 
 
-def read_header(path, file):
-    """(first byte of the data, {name: {dtype, shape, data_offsets}}), each entry checked by itself."""
-    def no_duplicates(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key appears twice")
-        return dict(pairs)
-
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    require(path, size >= 8 and length <= 100_000_000 and 8 + length <= size, f"a header of {length} bytes in {size}")
-    try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a safetensors file: header: {error}") from None
-    require(path, isinstance(header, dict), "its header is not an object")
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        dtype, shape, span = (entry.get(key) if isinstance(entry, dict) else None
-                              for key in ("dtype", "shape", "data_offsets"))
-        require(path, isinstance(dtype, str) and dtype in DTYPES, f"{name} has no dtype that is known")
-        require(path, all(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
-                          for numbers in (shape, span)) and len(span) == 2, f"{name} has no valid shape and data_offsets")
-        require(path, len(shape) <= 64 and all(n < 2**62 for n in (*shape, *span)), f"{name} has an impossible shape")
-        require(path, math.prod(n or 1 for n in shape) < 2**62, f"{name} has an impossible shape")
-        require(path, math.prod(shape) * DTYPES[dtype].itemsize == span[1] - span[0],
-                f"{name}: {shape} of {dtype} does not fill bytes {span[0]} to {span[1]}")
-    return 8 + length, header
-
-
-def require(path, condition, message):
-    if not condition:
-        raise ValueError(f"{path}: not a safetensors file: {message}")
+def write_safetensors(path, tensors):
+    """Write {name: tensor} under a temporary name, read it back, compare, and rename."""
+    names, temporary = {dtype: name for name, dtype in DTYPES.items()}, f"{path}.tmp"
+    data = {name: t.contiguous().view(-1).view(torch.uint8) for name, t in tensors.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        at, end = end, end + t.numel() * t.itemsize
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    with open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in data.values():
+            file.write(part.numpy())
+    for name, tensor in read_safetensors(temporary).items():
+        if not torch.equal(tensor.view(-1).view(torch.uint8), data[name]):
+            raise OSError(f"{temporary}: what was read back is not what was written")
+    os.replace(temporary, path)
 
 
 def save_pretrained(model, folder, source):
-    """Write the model as a checkpoint in the Hugging Face layout: model.safetensors with that tree's names, in the dtype
-    that the config.json of `source` names, and that folder's config.json and tokenizer.
-
-    source: the folder that the model was loaded from.  Each file is written under a temporary name and renamed,
-    config.json last.  ValueError for a parameter that has no name in such a checkpoint.
-    """
-    raw, tensors = RawConfig(os.path.join(source, "config.json")), {}
-    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(raw.get("dtype", raw.get("torch_dtype"))), torch.float32)
+    """Write a checkpoint in the Hugging Face layout, config.json last; that file, which names the
+    dtype, and the tokenizer come from the folder `source`.  ValueError for an unnamed parameter."""
+    raw, tensors = read_json(os.path.join(source, "config.json")), {}
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    dtype = getattr(torch, dtype) if dtype in ("float16", "bfloat16") else torch.float32
     for name, p in model.named_parameters():
         module, _, last = name.rpartition(".")
-        if module not in model.module_names or last not in ("weight", "bias"):
-            raise ValueError(f"{name} has no name in a checkpoint of the family {raw['model_type']}")
+        known = module in model.module_names and last in ("weight", "bias")
+        require(known, f"{name} has no name in a checkpoint of the family {raw['model_type']}")
         tensors[f"{model.module_names[module]}.{last}"] = p.detach().to("cpu", dtype)
     if model.classifier is not None:
-        labels = [f"LABEL_{i}" for i in range(model.config.num_labels)]
-        raw["id2label"], raw["label2id"] = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+        raw["id2label"] = {i: f"LABEL_{i}" for i in range(model.config.num_labels)}
+        raw["label2id"] = {label: i for i, label in raw["id2label"].items()}
         raw["architectures"] = [raw["model_type"].title() + "ForSequenceClassification"]
     os.makedirs(folder, exist_ok=True)
-    for name in SMALL_FILES:
-        if name != "config.json" and os.path.isfile(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name + ".tmp"))
-            os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
+    for name in TOKENIZER:
+        path, copy = os.path.join(source, name), os.path.join(folder, name)
+        if os.path.isfile(path):
+            shutil.copyfile(path, copy + ".tmp")
+            os.replace(copy + ".tmp", copy)
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors)
     path = os.path.join(folder, "config.json")
     with open(path + ".tmp", "w", encoding="utf-8") as file:
@@ -833,56 +773,28 @@ def save_pretrained(model, folder, source):
     os.replace(path + ".tmp", path)
 
 
-def write_safetensors(path, tensors):
-    """Write {name: tensor} under a temporary name, read it back, compare, and rename.  OSError where that fails."""
-    temporary = f"{path}.tmp"
-    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.itemsize
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
-    with open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(as_bytes(tensor).numpy())
-    written = read_safetensors(temporary)
-    if not all(torch.equal(as_bytes(written[name]), as_bytes(tensor)) for name, tensor in tensors.items()):
-        raise OSError(f"{temporary}: what was read back is not what was written")
-    os.replace(temporary, path)
-
-
-def as_bytes(tensor):
-    return tensor.contiguous().view(-1).view(torch.uint8)
-
-
 def load_tokenizer(folder_or_hub_id, revision=None):
-    """The tokenizers.Tokenizer of tokenizer.json, or of BERT's vocab.txt: pads to the longest row, truncates nothing.
-
-    The pad id is the id of [PAD] or <pad>, 0 where there is neither.  ValueError names a file that is missing or not one.
-    """
+    """The Tokenizer of tokenizer.json or vocab.txt; pads with [PAD], <pad> or 0, cuts nothing."""
     folder = local_folder(folder_or_hub_id, revision, weights=False)
     path, vocab = os.path.join(folder, "tokenizer.json"), os.path.join(folder, "vocab.txt")
     if not os.path.isfile(path) and os.path.isfile(vocab):
         path = vocab
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file, nor is there a vocab.txt; expected a tokenizer in tokenizers' JSON format")
-    try:
-        tokenizer = read_vocab(folder, path) if path == vocab else Tokenizer.from_file(path)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+    require(os.path.isfile(path), f"{path}: no such file, nor is there a vocab.txt")
+    with naming(path, "not a tokenizer: "):
+        tokenizer = read_vocab(path) if path == vocab else Tokenizer.from_file(path)
     tokenizer.no_truncation()
-    tokenizer.no_padding()
-    pad = next((token for token in ("[PAD]", "<pad>") if tokenizer.token_to_id(token) is not None), None)
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad) if pad else 0, pad_token=pad or "[PAD]")
+    tokenizer.enable_padding()
+    for pad in ("<pad>", "[PAD]"):
+        if tokenizer.token_to_id(pad) is not None:
+            tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     return tokenizer
 
 
-def read_vocab(folder, path):
-    """BERT's tokenizer of a list of word pieces, one a line; lower case unless tokenizer_config.json says otherwise."""
-    settings = os.path.join(folder, "tokenizer_config.json")
-    raw = RawConfig(settings) if os.path.isfile(settings) else {}
-    pieces = BertWordPieceTokenizer(path, lowercase=raw.get("do_lower_case", True), strip_accents=raw.get("strip_accents"),
-                                    handle_chinese_chars=raw.get("tokenize_chinese_chars", True))
+def read_vocab(path):
+    """BERT's tokenizer of word pieces, one a line; tokenizer_config.json may change defaults."""
+    settings = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    raw = read_json(settings) if os.path.isfile(settings) else {}
+    pieces = BertWordPieceTokenizer(
+        path, lowercase=raw.get("do_lower_case", True), strip_accents=raw.get("strip_accents"),
+        handle_chinese_chars=raw.get("tokenize_chinese_chars", True))
     return Tokenizer.from_str(pieces.to_str())
