@@ -48,7 +48,7 @@ def test_two_processes_equal_one(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", f"import test_parallel; test_parallel.worker({rank}, {str(tmp_path)!r})"],
                                   env=env, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
     for process in processes:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     for method in ("lora-sam", "bi-lora"):
         net = adapted(aux_rank=2 if method == "bi-lora" else 0)
