@@ -149,7 +149,7 @@ def draw(report, curves, path):
             axes.plot(ends, values, "--", color=f"C{i}")
     axes.axhline(report["rho"], color="grey", linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel="step", ylabel="c before the clip", title=f"{report['task']}: ascent, η₂ / η₁")
-    axes.legend(fontsize=8, title="dashed: predicted; dotted: ρ", title_fontsize=8)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, title="dashed: predicted; dotted: ρ", title_fontsize=8)
     figure.savefig(path + ".tmp", format="png", dpi=100)
     os.replace(path + ".tmp", path)
 
