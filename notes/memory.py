@@ -3,7 +3,8 @@
     python notes/memory.py                                # Llama-2-7B with the paper's settings
     python notes/memory.py --config DIR/config.json --micro-batch 2 --max-length 512
 
-The base is in bfloat16 and frozen, the adapters, their gradients and AdamW's two moments are in float32.  With
+The base is in bfloat16 and frozen, the adapters, their gradients and AdamW's two moments are in float32; plain SGD, which
+ascends, keeps no state.  With
 --checkpointing each block keeps its input alone, and one block at a time keeps what its backward pass needs; the logits
 are computed for the answers' tokens alone, here for half of the row, in bfloat16 and, for the loss and its gradient, twice
 in float32.  Left out: what the allocator and the kernels take for themselves, about 1 to 2 GB on a GPU.
@@ -38,10 +39,11 @@ def budget(config, method, rank, aux_rank, micro_batch, max_length):
     with torch.device("meta"):
         model = Transformer(config)
     layers = add_lora(model, rank, 2 * rank, aux_rank if method == "bi-lora" else 0)
-    adapters = 4 * sum(p.numel() for p in [*primary_parameters(model), *auxiliary_parameters(model)])
+    descending = 4 * sum(p.numel() for p in primary_parameters(model))
+    adapters = descending + 4 * sum(p.numel() for p in auxiliary_parameters(model))
     base = 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
     tokens, blocks = micro_batch * max_length, config.encoder_layers + config.decoder_layers
-    return {"base, bfloat16": base, "adapters, float32": adapters, "their gradients": adapters, "AdamW's moments": 2 * adapters,
+    return {"base, bfloat16": base, "adapters, float32": adapters, "their gradients": adapters, "AdamW's moments": 2 * descending,
             "copies of the adapters": 3 * adapters if method == "lora-sam" else 0,  # to go back to, and two for the log
             "inputs of the blocks": blocks * tokens * config.d_model * 2,
             "one block": block_bytes(config, tokens, layers[:len(layers) // blocks]),
