@@ -391,6 +391,11 @@ def load(args):
                            pad_id=pad_id, source=source,
                            files=[*paths, *filter(os.path.isfile, glob.glob(source + "/*"))])
     require_room(args, config, data)
+    data.majority = {}
+    if task.labels:
+        label = statistics.mode(label for *_, label in rows)
+        for name, part in data.sets.items():
+            data.majority |= score(data, name, [label] * len(part))
     return data
 
 
@@ -672,9 +677,10 @@ def compare(args, fail, load, train):
             folders = {key: folders[key] for key in todo}
             for key, result in run_all(args, load, train, data, folders, bar.update):
                 results[key] = result
-                report = write_report(args, [results[key] for key in keys if key in results])
-        report = write_report(args, [results[key] for key in keys])
-        draw_curves(report["results"], os.path.join(args.out, "curves.png"))
+                done = [results[key] for key in keys if key in results]
+                report = write_report(args, done, data.majority)
+        report = write_report(args, [results[key] for key in keys], data.majority)
+        draw_curves(report["results"], os.path.join(args.out, "curves.png"), data.majority)
     except (ValueError, OSError) as error:
         fail(str(error))
     except FloatingPointError as error:
@@ -771,9 +777,10 @@ def mean_stderr(values):
     return {"mean": statistics.fmean(values), "stderr": error, "n": n}
 
 
-def write_report(args, results):
+def write_report(args, results, majority):
     """OUT/metrics.json: results, and per method mean, standard error and number of seeds of each
-    metric, and of its difference, seed by seed, to the first method of the table."""
+    metric, and of its difference, seed by seed, to the first method of the table.  majority: the
+    scores of the most frequent training label."""
     runs = {(run["method"], run["seed"]): run["metrics"] for run in results}
     first, summary, differences = next(iter(METHODS)), {}, {}
     for method in dict.fromkeys(run["method"] for run in results):
@@ -787,7 +794,8 @@ def write_report(args, results):
                                                       for seed in paired]) for name in names}
     config = {name: value for name, value in vars(args).items() if name != "defaults"}
     report = {"task": args.task, "model": args.model, "config": config, "results": results,
-              "summary": summary, "baseline": first, "difference": differences}
+              "summary": summary, "baseline": first, "difference": differences,
+              "majority": majority}
     write_text(os.path.join(args.out, "metrics.json"), json.dumps(report, indent=2))
     return report
 
@@ -805,6 +813,8 @@ def print_table(report):
     for name in [name for name in names if f"best_{name}" in names]:
         print(f"\n| {name} | last epoch | minus {report['baseline']}'s | best epoch | rise "
               "| s/step |\n|---|---|---|---|---|---|")
+        if name in report["majority"]:
+            print(f"| majority class | {report['majority'][name]:.4f} | | | | |")
         for method, entries in summary.items():
             seconds = [run["step_seconds"] for run in results if run["method"] == method]
             difference = report["difference"].get(method, {}).get(name)
@@ -821,9 +831,9 @@ def print_table(report):
                 print(f"{run['method']}, seed {run['seed']}: predicts one class only in {name}")
 
 
-def draw_curves(results, path):
+def draw_curves(results, path, majority=()):
     """Training loss and first metric over the epochs, a line a method, a band of one standard error
-    over the seeds."""
+    over the seeds; dotted: the score of the most frequent label."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     metric, methods = next(iter(results[0]["metrics"])), [run["method"] for run in results]
     for axis, key in zip(figure.subplots(1, 2), ("loss", metric)):
@@ -836,7 +846,11 @@ def draw_curves(results, path):
             axis.plot(epochs, mean, marker=".", label=method, color=colour)
             axis.fill_between(epochs, mean - error, mean + error, alpha=0.2, color=colour)
         axis.set(xlabel="epoch", ylabel="training loss" if key == "loss" else key)
+    if metric in majority:
+        axis.axhline(majority[metric], color="grey", linestyle=":", label="majority class")
     axis.legend()
+    count = len({run["seed"] for run in results})
+    figure.suptitle(f"{results[0]['config']['task']}; seeds: {count}")
     figure.savefig(path + ".tmp", format="png", dpi=100)
     os.replace(path + ".tmp", path)
 

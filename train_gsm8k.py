@@ -180,7 +180,7 @@ def load(args):
     tests = encode(tokenizer, read_jsonl(test_file)[:args.eval_limit], config.eos_id)
     files = [train_file, test_file, *filter(os.path.isfile, sorted(glob.glob(source + "/*")))]
     data = SimpleNamespace(rows=rows, sets={"test": tests}, tokenizer=tokenizer, pad_id=pad_id,
-                           source=source, files=files)
+                           source=source, files=files, majority={})
     require_room(args, config, data)
     return data
 

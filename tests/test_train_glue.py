@@ -279,12 +279,13 @@ def test_the_summary_pairs_the_seeds(tmp_path):
             [("lora", 0, 0.5), ("lora", 1, 0.7), ("bi-lora", 0, 0.6), ("bi-lora", 1, 0.9),
              ("bi-lora", 2, 0.1)]]
     args = SimpleNamespace(task="mrpc", model="m", out=str(tmp_path), defaults={})
-    report = train_glue.write_report(args, runs)
+    report = train_glue.write_report(args, runs, {"accuracy": 0.5})
     assert report["summary"]["lora"]["accuracy"] == {
         "mean": pytest.approx(0.6), "stderr": pytest.approx(0.1), "n": 2}
     assert report["difference"] == {"bi-lora": {"accuracy": {
         "mean": pytest.approx(0.15), "stderr": pytest.approx(0.05), "n": 2}}}
-    assert train_glue.write_report(args, runs[:1])["summary"]["lora"]["accuracy"]["stderr"] is None
+    one = train_glue.write_report(args, runs[:1], {})
+    assert one["summary"]["lora"]["accuracy"]["stderr"] is None
 
 
 def test_curves(tmp_path, monkeypatch):
@@ -297,15 +298,17 @@ def test_curves(tmp_path, monkeypatch):
             figures.append(self)
 
     monkeypatch.setattr(train_glue, "Figure", Noted)
-    runs = [{"method": method, "metrics": {"f1": 0}, "epochs": [
-        {"epoch": epoch, "loss": seed + epoch, "f1": 0.1 * epoch} for epoch in (1, 2)]}
-        for method in ("bi-lora", "lora") for seed in (0, 1, 5)]
-    train_glue.draw_curves(runs, str(tmp_path / "curves.png"))
+    runs = [{"method": method, "config": {"task": "mrpc"}, "seed": seed, "metrics": {"f1": 0},
+             "epochs": [{"epoch": epoch, "loss": seed + epoch, "f1": 0.1 * epoch}
+                        for epoch in (1, 2)]}
+            for method in ("bi-lora", "lora") for seed in (0, 1, 5)]
+    train_glue.draw_curves(runs, str(tmp_path / "curves.png"), {"f1": 0.3})
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     loss, f1 = figures[0].axes
     assert (loss.get_ylabel(), f1.get_ylabel(), f1.get_xlabel()) == ("training loss", "f1", "epoch")
-    assert [line.get_label() for line in f1.lines] == ["bi-lora", "lora"]
-    assert [line.get_color() for line in f1.lines] == ["C2", "C0"]  # by the table of methods
+    assert [line.get_label() for line in f1.lines] == ["bi-lora", "lora", "majority class"]
+    assert [line.get_color() for line in f1.lines[:2]] == ["C2", "C0"]  # by the table of methods
+    assert list(f1.lines[2].get_ydata()) == [0.3, 0.3] and len(loss.lines) == 2
     for line, band in zip(loss.lines, loss.collections):
         assert line.get_ydata() == pytest.approx([3, 4])
         error = np.std([0, 1, 5], ddof=1) / math.sqrt(3)
@@ -412,6 +415,8 @@ def test_what_a_comparison_leaves(compared):
                            for name, v in values.items()}
     assert list(report["summary"]) == list(PAPERS) and set(report["difference"]) == set(PAPERS[1:])
     assert all(f"\n| {method} | " in printed for method in PAPERS) and "seeds 0, 1" in printed
+    assert report["majority"] == {"accuracy": 0.5, "f1": 0.0}  # of class 0, on 5 + 5 rows
+    assert "| majority class | 0.5000 |" in printed
     last = printed.splitlines()[-1]
     assert "out/metrics.json" in last and "out/curves.png" in last and "adapters" in last
     assert (folder / "out/curves.png").read_bytes()[:4] == b"\x89PNG"
