@@ -132,6 +132,14 @@ def test_the_tables_are_what_was_measured():
     assert sum(text.count("<!-- table:") for text in PAGES.values()) > 5
 
 
+def test_the_tables_of_the_ascent_are_what_was_measured():
+    paths = glob.glob(os.path.join(NOTES, "figures", "*-ascent-c.md"))
+    assert len(paths) == 2
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            assert file.read().strip() in PAGES["4_bilora.md"], path
+
+
 def test_a_table():
     entry = lambda mean, **more: {"value": {"mean": mean, "stderr": 0.25, "n": 3}, **more}
     numbers = {"x": {"c": {"up": {"lora": entry(2.0), "bi-lora": entry(1.0, difference={"mean": -1.0, "stderr": 0.5, "n": 3})},
