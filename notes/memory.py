@@ -44,7 +44,7 @@ def budget(config, method, rank, aux_rank, micro_batch, max_length):
     base = 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
     tokens, blocks = micro_batch * max_length, config.encoder_layers + config.decoder_layers
     return {"base, bfloat16": base, "adapters, float32": adapters, "their gradients": adapters, "AdamW's moments": 2 * descending,
-            "copies of the adapters": 3 * adapters if method == "lora-sam" else 0,  # to go back to, and two for the log
+            "copies of the adapters": adapters if method == "lora-sam" else 0,  # to go back to
             "inputs of the blocks": blocks * tokens * config.d_model * 2,
             "one block": block_bytes(config, tokens, layers[:len(layers) // blocks]),
             "logits and their gradient": tokens // 2 * config.vocab_size * (2 + 4 + 4)}
