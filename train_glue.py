@@ -5,9 +5,9 @@
     python train_glue.py --task mrpc --model DIR --data DIR      # files that are there: no network
 
 BERT and RoBERTa get a classifier.  T5, Llama and Qwen2 read a prompt and are trained to answer with
-the label's words; the prediction is the class whose answer has the highest log-probability.  The
-demo is such a task too: a small pretrained encoder judges sentences acceptable or not (both are in
-notes/demo), and 30 % of its training labels are wrong.
+the label's words; the prediction is the class whose answer has the highest log-probability.  In
+the demo a small pretrained encoder judges sentences acceptable or not (both are in notes/demo), and
+30 % of its training labels are wrong.
 
 All methods of one seed share data order, initial adapter and initial head: compare them seed by
 seed.
@@ -936,6 +936,8 @@ def parse_arguments(argv, doc, tasks, options):
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     if not args.model:
         parser.error(f"--task {task} needs --model, a folder or the id of a model on the hub")
+    if args.resume and args.overwrite:
+        parser.error("--resume keeps finished runs, --overwrite deletes them; expected one of them")
     if len(args.rho) > 2:
         parser.error(f"--rho has {len(args.rho)} values; expected one or two")
     try:

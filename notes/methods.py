@@ -31,7 +31,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import train_glue  # noqa: E402
 import train_gsm8k  # noqa: E402
 from bilora import (_one_pass, _parameters, _perturbed_layers, _require_radius,  # noqa: E402
-                    perturbation_norm)
+                    bilora_step, lora_sam_step, lora_step, perturbation_norm)  # noqa: F401
 from train_glue import INF, METHODS, OPTIONS, Method, Parser, trained_tensors  # noqa: E402
 
 SCRIPTS = {"train_glue.py": train_glue, "train_gsm8k.py": train_gsm8k}
