@@ -175,7 +175,8 @@ def plan_batches(args, seed, lengths):
 
 def training_rows(args, data, seed):
     """--limit rows drawn by the seed, a share --label-noise of them with another label."""
-    rows = random.Random(f"limit-{seed}").sample(data.rows, min(args.limit, len(data.rows)))
+    count = min(args.limit or len(data.rows), len(data.rows))
+    rows = random.Random(f"limit-{seed}").sample(data.rows, count)
     rng, classes = random.Random(f"noise-{seed}"), range(len(data.task.labels))
     for i in rng.sample(range(len(rows)), round(args.label_noise * len(rows))):
         ids, types, label = rows[i]
@@ -388,10 +389,11 @@ def load(args):
         raise ValueError(f"--prompts is {args.prompts}, but {source} has a classifier; expected a "
                          "model that answers in text")
     texts = [read_tsv(task, path) for path in paths]
+    checkpoint = sorted(glob.glob(os.path.join(glob.escape(source), "*")))
     rows, *dev = [encode(tokenizer, part, prompt, args.max_length) for part in texts]
     data = SimpleNamespace(task=task, rows=rows, sets=dict(zip(task.dev, dev)), answers=answers,
                            pad_id=pad_id, source=source,
-                           files=[*paths, *filter(os.path.isfile, glob.glob(source + "/*"))])
+                           files=[*paths, *filter(os.path.isfile, checkpoint)])
     require_room(args, config, data)
     data.majority = {}
     if task.labels:
@@ -604,9 +606,9 @@ def load_state(run, path):
                       "start the run anew") from None
 
 
-def finish_run(run, closure=None):
+def finish_run(run, closure=None, files=()):
     """Write the files of a finished run; metrics.json is written last: it marks it as finished.
-    closure: forward and backward on fixed rows, for loss_rise."""
+    closure: forward and backward on fixed rows, for loss_rise.  files: more, (name, text) each."""
     memory = peak_memory(run.args.device)  # the rise, which is measured next, needs more
     more = {"rise": loss_rise(run, closure)} if closure else {}
     epochs = [{"epoch": row["epoch"], **row["scores"]} for row in run.log if "scores" in row]
@@ -624,7 +626,9 @@ def finish_run(run, closure=None):
               "clipped_fraction": statistics.fmean(row.get("clipped", 0.0) for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log),
               "peak_memory_bytes": memory}
-    write_text(os.path.join(folder, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
+    lines = "".join(json.dumps(row) + "\n" for row in log)
+    for name, text in (("log.jsonl", lines), *files):
+        write_text(os.path.join(folder, name), text)
     save_adapter(model, folder, model.module_names, write_safetensors)
     draw_curves([result], os.path.join(folder, "curves.png"))
     write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))
@@ -671,7 +675,8 @@ def compare(args, fail, load, train):
         data = load(args)
         require_ranks_that_fit(args, data.source)
         results = begin(args, data.files, folders)  # those that are finished
-        todo, rows = [key for key in keys if key not in results], min(len(data.rows), args.limit)
+        todo = [key for key in keys if key not in results]
+        rows = min(args.limit or len(data.rows), len(data.rows))
         print(f"{args.task}: {rows} training rows; {len(keys)} runs in {args.out}, "
               f"{len(results)} of them finished before")
         steps = len(todo) * args.epochs * math.ceil(rows / args.batch_size)
@@ -735,8 +740,10 @@ def one_run(train, args, key, folder, data=None, progress=None):
     data, progress = data or WORKER["data"], progress or WORKER["progress"]
     try:
         return key, train(args, key[1], key[0], data, folder, progress)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise type(error)(f"{key[1]}, seed {key[0]}: {error}") from None
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{key[1]}, seed {key[0]}: {error}") from None
+    except (ValueError, OSError) as error:  # not all of their kinds take a message alone
+        raise ValueError(f"{key[1]}, seed {key[0]}: {error}") from None
 
 
 def begin(args, files, folders):
@@ -863,16 +870,17 @@ SOURCES = """Whose the defaults are.  The paper's: rank, aux-rank, alpha, aux-lr
 a warm-up of 0.03 of the steps, adapters on all linear layers without dropout, max-length; by task
 lr, batch-size, micro-batch, epochs, rho and the number of seeds.  The code that the paper follows
 (LoRA-GA, Flat-LoRA): AdamW without weight decay, prompts, MetaMathQA's first 100,000 rows of at
-most 512 tokens.  The authors' code, as reported: ascent sgd.  Ours: no dropout in the base (the
-followed code leaves T5's 0.1 on), no gradient clipping (it clips at 1), precision, batches of rows
-of similar length, the last epoch's score, the whole answer compared (it takes the first token),
-everything about the demo, qqp and stsb, and what is not named here."""
+most 512 tokens, max-new-tokens.  The authors' code, as reported: ascent sgd.  Ours: no dropout in
+the base (the followed code leaves T5's 0.1 on), no gradient clipping (it clips at 1), precision,
+batches of rows of similar length, the last epoch's score, the whole answer compared (it takes the
+first token), a problem and its answer tokenized apart (it joins them by a space), everything about
+the demo, qqp, stsb and gsm8k, and what is not named here."""
 INF = math.inf
 OPTIONS = [  # those of both scripts: group, name, type, smallest value, limit, default, help
     ("task", "data", str, 0, 0, None, "folder of the task's files (default: downloaded once)"),
     ("task", "model", str, 0, 0, None, "folder of a checkpoint, or the id of one on the hub"),
     ("task", "revision", str, 0, 0, None, "of the model on the hub: branch, tag or commit"),
-    ("task", "limit", int, 1, INF, 10**9, "training rows, drawn by the seed"),
+    ("task", "limit", int, 1, INF, None, "training rows, drawn by the seed (default: all)"),
     ("method", "rank", int, 1, INF, 8, "r"),
     ("method", "aux-rank", int, 1, INF, 8, "r2, of the auxiliary pairs"),
     ("method", "alpha", float, 1e-6, INF, 16, "the scale is s = alpha / rank"),
@@ -886,7 +894,7 @@ OPTIONS = [  # those of both scripts: group, name, type, smallest value, limit, 
     ("method", "dropout", float, 0, 1, 0.0, "of the base; the adapters have none"),
     ("run", "seeds", [int], 0, 2**63, None, "one run of each method for each"),
     ("run", "device", str, 0, 0, "cuda" if torch.cuda.is_available() else "cpu", "where to train"),
-    ("run", "bf16", bool, 0, 0, False, "autocast to bfloat16"),
+    ("run", "bf16", bool, 0, 0, False, "autocast to bfloat16; GSM8K's base is kept in it too"),
     ("run", "checkpointing", bool, 0, 0, False, "compute each block twice, to save memory"),
     ("run", "jobs", int, 1, INF, 1, "runs at a time; above 1 each in a process of one thread"),
     ("run", "save-every", int, 1, INF, None, "steps between saved states, and at each epoch's end"),
@@ -917,7 +925,9 @@ def parse_arguments(argv, doc, tasks, options):
                                help="take finished runs of --out, or DIR, and go on with the rest")
     for group, name, kind, least, below, _, text in options:
         value = defaults[name.replace("-", "_")]
-        more = {"help": text if value is None else f"{text} (default: {value})", "default": value}
+        if value is not None:  # it stands in the place of what the text says without one
+            text = f"{text.split(' (default:')[0]} (default: {value})"
+        more = {"help": text, "default": value}
         if kind is bool:
             more["action"] = argparse.BooleanOptionalAction
         elif isinstance(kind, tuple):

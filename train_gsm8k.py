@@ -26,7 +26,7 @@ from huggingface_hub import hf_hub_download
 
 from model import Transformer, as_list, load_tokenizer, local_folder, read_config
 from train_glue import (METHODS, answer_losses, compare, fetch, finish_run, parse_arguments,
-                        plan_batches, prepare, save_state, write_text)
+                        plan_batches, prepare, save_state)
 
 # -------------------------------------------------------------------------------------- training
 # METHODS is the table of train_glue.py: one step of a method, (run, closure) -> what is logged.
@@ -34,7 +34,8 @@ from train_glue import (METHODS, answer_losses, compare, fetch, finish_run, pars
 
 def train(args, method, seed, data, folder, progress):
     """One method, one seed: train, score, leave a run folder.  Returns what is in metrics.json."""
-    rows = random.Random(f"limit-{seed}").sample(data.rows, min(args.limit, len(data.rows)))
+    count = min(args.limit or len(data.rows), len(data.rows))
+    rows = random.Random(f"limit-{seed}").sample(data.rows, count)
     plan = plan_batches(args, seed, [len(row[0]) for row in rows])  # every batch of every epoch
     run = prepare(args, method, seed, partial(build_model, args, data), folder, len(plan))
     progress(len(run.log))
@@ -52,10 +53,9 @@ def train(args, method, seed, data, folder, progress):
             save_state(run)
         progress(1)
     predictions = evaluate(args, run.model, data)
-    text = "".join(json.dumps(row) + "\n" for row in predictions)
-    write_text(os.path.join(folder, "predictions.jsonl"), text)
     run.log[-1]["scores"] = scores_of(predictions)
-    return finish_run(run)
+    text = "".join(json.dumps(row) + "\n" for row in predictions)
+    return finish_run(run, files=[("predictions.jsonl", text)])
 
 
 def forward_backward(args, model, data, batch):
@@ -178,7 +178,8 @@ def load(args):
         print(f"{train_file}: {len(examples) - len(rows)} rows of more than {args.max_length} "
               "tokens are left out")
     tests = encode(tokenizer, read_jsonl(test_file)[:args.eval_limit], config.eos_id)
-    files = [train_file, test_file, *filter(os.path.isfile, sorted(glob.glob(source + "/*")))]
+    checkpoint = sorted(glob.glob(os.path.join(glob.escape(source), "*")))
+    files = [train_file, test_file, *filter(os.path.isfile, checkpoint)]
     data = SimpleNamespace(rows=rows, sets={"test": tests}, tokenizer=tokenizer, pad_id=pad_id,
                            source=source, files=files, majority={})
     require_room(args, config, data)
@@ -336,7 +337,7 @@ TASKS = {"demo": {"lr": 6e-3, "rho": [0.05, 0.05], "epochs": 5, "batch_size": 8,
 INF = float("inf")
 OPTIONS = [
     ("task", "max-length", int, 1, INF, 1024, "tokens a row; longer ones are left out"),
-    ("task", "eval-limit", int, 1, INF, 10**9, "test problems"),
+    ("task", "eval-limit", int, 1, INF, None, "test problems (default: all)"),
     ("task", "eval-batch-size", int, 1, INF, 16, "prompts at a time"),
     ("task", "max-new-tokens", int, 1, INF, 512, "generated for a prompt")]
 

@@ -116,7 +116,7 @@ class Run:
         """Those that the run was trained on."""
         if self.script is train_glue:
             return train_glue.training_rows(self.args, self.data, self.seed)
-        count = min(self.args.limit, len(self.data.rows))
+        count = min(self.args.limit or len(self.data.rows), len(self.data.rows))
         return random.Random(f"limit-{self.seed}").sample(self.data.rows, count)
 
     @cached_property

@@ -111,7 +111,7 @@ def run(script, axes, out, cells):
     args, settings, results, todo, steps = cells[0].args, {}, {}, {}, 0
     data = script.load(args)
     require_ranks(script, cells, data)
-    rows = min(len(data.rows), args.limit)
+    rows = min(args.limit or len(data.rows), len(data.rows))
     for number, cell in enumerate(cells):
         own = {(seed, method): folder_of(cell, method, seed)
                for method in args.method for seed in args.seeds}
