@@ -121,8 +121,9 @@ def test_the_adapter_of_peft_goes_through(tmp_path, monkeypatch):
 
 def test_names_and_options_exist():
     for name in re.findall(r"`(\w+)\(", README):
-        assert hasattr(bilora, name) or name in ("closure", "backward"), name
-    helps = "".join(methods.parse(script, ["--help"] * 0)[1].__self__.format_help()
+        named = hasattr(bilora, name) or name == "Method" and hasattr(methods, name)
+        assert named or name in ("closure", "backward"), name
+    helps = "".join(methods.parse(script, [])[1].__self__.format_help()  # fail is the parser's
                     for script in (train_glue, train_gsm8k))
     for option in re.findall(r"--[a-z][a-z0-9-]+", README + USAGE):
         assert option in helps or option == "--help", option
