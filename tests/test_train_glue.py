@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 from functools import partial
@@ -28,7 +29,7 @@ from bilora import add_lora, bilora_step, load_adapter
 from model import Transformer, read_safetensors
 from test_model import BERT, bert, write_checkpoint
 from train_glue import (METHODS, TASKS, Method, cosine_schedule, encode, forward_backward, main,
-                        plan_batches, predict, read_tsv, score, training_rows)
+                        parse_arguments, plan_batches, predict, read_tsv, score, training_rows)
 
 ADAPTER = "adapter_model.safetensors"  # the file's name stands here alone
 PAPERS = ("lora", "lora-sam", "bi-lora")
@@ -150,6 +151,13 @@ def test_limit_and_label_noise_are_drawn_by_the_seed():
     assert clean != training_rows(no_noise, data, 1)
     everything = training_rows(arguments(limit=10**9, label_noise=0), data, 0)
     assert sorted(everything) == sorted(data.rows)
+    assert sorted(training_rows(arguments(limit=None, label_noise=0), data, 0)) == sorted(data.rows)
+
+    def flipped(seed):
+        """Places in the drawn rows: where the rows are others, the rows drawn say nothing of it."""
+        drawn = zip(training_rows(args, data, seed), training_rows(no_noise, data, seed))
+        return [i for i, (a, b) in enumerate(drawn) if a != b]
+    assert flipped(0) != flipped(1)
 
 
 def test_the_schedule_is_linear_then_half_a_cosine():
@@ -518,6 +526,53 @@ def test_without_a_perturbation_all_methods_are_lora(glue_folder):
     assert half != plain and half == pytest.approx(plain, rel=0.05)
 
 
+@pytest.mark.parametrize("ascent", ["sgd", "adamw"])
+def test_descent_and_ascent_share_the_schedule(glue_folder, ascent):
+    """eta2 / eta1 stays what it was at the start, in every step."""
+    argv = [*RUN, "--lr", "0.01", "--aux-lr", "0.5", "--ascent", ascent]
+    args, _ = parse_arguments(argv, "", {"mrpc": TASKS["mrpc"].settings}, train_glue.GLUE_OPTIONS)
+    data = train_glue.load(args)
+    build = partial(train_glue.build_model, data)
+    run = train_glue.prepare(args, "bi-lora", 0, build, str(glue_folder), 6)
+    factors = [1.0, *(0.5 * (1 + math.cos(math.pi * t / 5)) for t in range(5))]
+    for factor in factors:
+        for optimizer, lr in ((run.descent, 0.01), (run.ascent, 0.5)):
+            assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(lr * factor)]
+        for part in (run.descent, run.ascent, *run.schedules):
+            part.step()
+
+
+def test_a_cpu_takes_the_plain_attention_kernel_in_bfloat16_alone(glue_folder):
+    for words, fused in ((["--bf16"], False), (["--no-bf16"], True)):
+        main([*ONE, "--epochs", "1", *words, "--out", words[0].strip("-")])
+        assert torch.backends.cuda.flash_sdp_enabled() is fused
+
+
+def test_the_files_of_a_checkpoint_have_one_order(glue_folder, monkeypatch):
+    """Whatever order the file system lists them in, and whatever the folder is called."""
+    shutil.copytree("bert", "bert[1]")
+    found, whole = [], train_glue.glob.glob
+    for turned in (False, True):
+        listed = lambda pattern: sorted(whole(pattern), reverse=turned)
+        monkeypatch.setattr(train_glue.glob, "glob", listed)
+        args, _ = parse_arguments([*RUN, "--model", "bert[1]"], "",
+                                  {"mrpc": TASKS["mrpc"].settings}, train_glue.GLUE_OPTIONS)
+        found.append(train_glue.load(args).files)
+    names = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert found[0] == found[1] and [os.path.basename(path) for path in found[0][-3:]] == names
+
+
+@pytest.mark.parametrize("error", [
+    UnicodeDecodeError("utf-8", b"x", 0, 1, "broken"), FileNotFoundError(2, "gone"),
+    ValueError("odd")])
+def test_an_error_of_a_run_names_it_whatever_its_kind(error):
+    def fails(*args):
+        raise error
+
+    with pytest.raises(ValueError, match="lora, seed 3: .*(broken|gone|odd)"):
+        train_glue.one_run(fails, None, (3, "lora"), "folder", "data", print)
+
+
 def test_limit_and_noise_reach_the_run(glue_folder):
     report = main([*ONE, "--limit", "9", "--label-noise", "0.2", "--epochs", "1"])
     assert len(log_of(glue_folder / "runs/mrpc/lora-seed0")) == 2 and report["config"]["limit"] == 9
@@ -671,6 +726,9 @@ def test_a_finished_run_is_deleted_only_when_asked(glue_folder, capsys):
     main([*ONE, "--out", "out"])
     log = glue_folder / "out/lora-seed0/log.jsonl"
     log.write_text("kept")
+    error = error_of(capsys, [*ONE, "--out", "out", "--resume", "--overwrite"])
+    assert "--resume keeps finished runs, --overwrite deletes them" in error
+    assert log.read_text() == "kept"
     error = error_of(capsys, [*ONE, "--seeds", "1", "0", "--out", "out"])
     assert "out: 1 of these runs are finished" in error
     assert "--resume" in error and "--overwrite" in error
