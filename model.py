@@ -32,11 +32,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):  # rounds to x's dtype before it multiplies, as T5 and Llama do
         return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
 
-
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
                "relu": F.relu, "silu": F.silu}
 NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
-
 
 @dataclass
 class Config:
@@ -78,7 +76,6 @@ class Config:
     start_id: int = 0               # first token of an encoder-decoder's decoder
     eos_id: int | list | tuple | None = None
 
-
 class Attention(nn.Module):
     """Attention of x to itself or to `memory`; `cache` is a list of earlier keys and values."""
 
@@ -117,7 +114,6 @@ class Attention(nn.Module):
     def split(self, h):
         return h.view(*h.shape[:2], -1, self.head_dim).transpose(1, 2)              # (B, H, L, E)
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -130,7 +126,6 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))
-
 
 class Block(nn.Module):
     """Self-attention, with `cross` attention to a memory, and an MLP, each with a residual."""
@@ -157,7 +152,6 @@ class Block(nn.Module):
         if self.norm_first:
             return x + self.dropout(sublayer(norm(x), **settings))
         return norm(x + self.dropout(sublayer(x, **settings)))
-
 
 class Stack(nn.Module):
     """Embeddings, blocks, final norm."""
@@ -223,7 +217,6 @@ class Stack(nn.Module):
         bias = self.relative_bias.weight[bucket].permute(2, 0, 1)[None]             # (1, H, L, K)
         return bias.masked_fill(~keep, torch.finfo(bias.dtype).min), False          # (B, H, L, K)
 
-
 def relative_bucket(distance, causal, buckets, most):
     """T5's bucket of key minus query: one for each small distance, and for logarithmic ranges."""
     if causal:
@@ -236,7 +229,6 @@ def relative_bucket(distance, causal, buckets, most):
     far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
     return first + torch.where(distance < exact, distance, far)
 
-
 def rotary(config, place, dtype):
     """Cosines and sines of each position's angles, (B or 1, 1, L, E / 2) each."""
     E = config.head_dim or config.d_model // config.heads
@@ -246,19 +238,16 @@ def rotary(config, place, dtype):
     angles = place[:, None, :, None].float() * inverse
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
-
 def llama3_scaling(f, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
     """Of the frequencies f, low ones divided by `factor`, high ones kept, those between blended."""
     turns = original_max_position_embeddings * f / (2 * math.pi)  # in the original context
     blend = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return (1 - blend) * f / factor + blend * f
 
-
 def rotate(h, rotation):
     """Turn each pair (h[e], h[e + E / 2]) by its angle."""
     (a, b), (cos, sin) = h.chunk(2, -1), rotation
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
 
 class Transformer(nn.Module):
     def __init__(self, config):
@@ -398,17 +387,14 @@ class Transformer(nn.Module):
         model.load_state_dict(values, assign=True, strict=False)
         return model.requires_grad_(True).eval()
 
-
 def as_list(ids):
     """A list of one id, of several, or of None."""
     ids = [] if ids is None else ids
     return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
-
 def require(condition, message):
     if not condition:
         raise ValueError(message)
-
 
 def check_config(config):
     """ValueError naming the first field of the wrong type, out of range, or at odds with others."""
@@ -477,7 +463,6 @@ DROPPED = re.compile(  # tensors of a checkpoint that no model here has
     r"^cls\.|^lm_head\.(dense|layer_norm|decoder|bias)|position_ids$|embed_tokens\.weight$|"
     r"rotary_emb\.inv_freq$|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
 
-
 def bert_config(raw, roberta=False):
     only(raw, position_embedding_type=["absolute"], is_decoder=[False], add_cross_attention=[False])
     pad_id, length = raw.get("pad_token_id", 1 if roberta else 0), raw["max_position_embeddings"]
@@ -490,7 +475,6 @@ def bert_config(raw, roberta=False):
         activation=raw.get("hidden_act", "gelu"), eps=raw.get("layer_norm_eps", 1e-12),
         dropout=raw.get("hidden_dropout_prob", 0.1), pad_id=pad_id, pooler=not roberta,
         attention_dropout=raw.get("attention_probs_dropout_prob", 0.1), dense_head=roberta)
-
 
 def t5_config(raw):
     gated = raw.get("feed_forward_proj", "relu") == "gated-gelu"
@@ -509,7 +493,6 @@ def t5_config(raw):
         logit_scale=raw["d_model"] ** -0.5 if raw.get("scale_decoder_outputs", tied) else 1.0,
         attention_dropout=dropout, pad_id=raw.get("pad_token_id", 0),
         start_id=raw.get("decoder_start_token_id", 0), eos_id=raw.get("eos_token_id", 1))
-
 
 def llama_config(raw, qkv_bias=False):
     only(raw, hidden_act=["silu"], attention_bias=[False], mlp_bias=[False],
@@ -534,7 +517,6 @@ def llama_config(raw, qkv_bias=False):
         attention_dropout=raw.get("attention_dropout", 0.0), eos_id=raw.get("eos_token_id"),
         bias=False, pad_id=pad_id if 0 <= pad_id < vocab_size else 0)  # some files have -1
 
-
 LLAMA3 = "factor high_freq_factor low_freq_factor original_max_position_embeddings".split()
 FAMILIES = {  # model_type: (config, names of modules, their prefix, the head's without a prefix)
     "bert": (bert_config, BERT_MODULES, "bert.", ["classifier"]),
@@ -544,13 +526,11 @@ FAMILIES = {  # model_type: (config, names of modules, their prefix, the head's 
     "qwen2": (partial(llama_config, qkv_bias=True), LLAMA_MODULES, "model.", ["lm_head"]),
 }
 
-
 def only(raw, **expected):
     """ValueError for a setting that is there and not one of those expected."""
     for key, values in expected.items():
         value, known = raw.get(key, values[0]), " or ".join(map(repr, values))
         require(value in values, f"{key} is {value!r}; expected {known}")
-
 
 def read_config(folder):
     """(Config, model_type) of a folder's config.json, where null is as good as absent."""
@@ -562,7 +542,6 @@ def read_config(folder):
         config = FAMILIES[raw["model_type"]][0](raw)
         check_config(config)
     return config, raw["model_type"]
-
 
 def module_names(config, family):
     """{module name in the checkpoint: ours}."""
@@ -587,7 +566,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
 
-
 def local_folder(folder_or_hub_id, revision=None, weights=True):
     """The folder itself, or the hub's cache of it, downloaded where it lacks files; ValueError."""
     name = os.fspath(folder_or_hub_id)
@@ -607,7 +585,6 @@ def local_folder(folder_or_hub_id, revision=None, weights=True):
                          "files, or the id of a model on the hub and a connection") from None
     return folder
 
-
 @contextmanager
 def naming(path, what=""):
     """Whatever goes wrong in the block becomes a ValueError that names the file."""
@@ -617,11 +594,20 @@ def naming(path, what=""):
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: {what}" + reason.partition("\n")[0]) from None
 
-
 def read_json(path):
     with open(path, encoding="utf-8") as file, naming(path, "not a JSON object: "):
         return dict(json.load(file))
 
+def write_text(path, text):
+    """Under a temporary name, then renamed."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+
+def checkpoint_files(folder):
+    """The paths of a checkpoint's files, sorted."""
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name[0] != "."]
+    return [path for path in paths if os.path.isfile(path)]
 
 def rename_tensors(tensors, family, names):
     """{our parameter name: tensor}; what no model here has is left out, the unknown is refused."""
@@ -635,7 +621,6 @@ def rename_tensors(tensors, family, names):
         if ours is not None:
             renamed[f"{ours}.{last}"] = tensor
     return renamed
-
 
 def fit_tensors(tensors, expected):
     """Draw a classifier where none fits, then ValueError for the first tensor that does not."""
@@ -653,7 +638,6 @@ def fit_tensors(tensors, expected):
         found = tuple(found.shape)
         require(found == shape, f"{key} has shape {found}, config.json says {shape}")
 
-
 def read_tensors(folder):
     """(path, {name: tensor}) of model.safetensors or pytorch_model.bin, or of their shards."""
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
@@ -664,7 +648,6 @@ def read_tensors(folder):
         if os.path.isfile(index):
             return index, read_shards(index, read)
     raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin, nor an index")
-
 
 def read_shards(index, read):
     """{name: tensor} of the files that an index names, which must hold what it says."""
@@ -683,7 +666,6 @@ def read_shards(index, read):
             require(key in tensors, f"{key} is in no file")
     return tensors
 
-
 def read_bin(path):
     """{name: tensor} of a file that torch.save wrote."""
     with open(path, "rb") as file, naming(path, "not a file of tensors: "):
@@ -692,7 +674,6 @@ def read_bin(path):
             dense = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta
             require(dense and isinstance(key, str), f"{key} is not a dense tensor")
     return tensors
-
 
 def read_safetensors(path):
     """{name: tensor}, memory-mapped copy-on-write; ValueError for what is no safetensors file."""
@@ -724,7 +705,6 @@ def read_safetensors(path):
         require(place == size, f"its tensors end at byte {place} of {size}")
     return tensors
 
-
 def write_safetensors(path, tensors):
     """Write {name: tensor} under a temporary name, read it back, compare, and rename."""
     names, temporary = {dtype: name for name, dtype in DTYPES.items()}, f"{path}.tmp"
@@ -743,7 +723,6 @@ def write_safetensors(path, tensors):
         if not torch.equal(tensor.view(-1).view(torch.uint8), data[name]):
             raise OSError(f"{temporary}: what was read back is not what was written")
     os.replace(temporary, path)
-
 
 def save_pretrained(model, folder, source):
     """Write a checkpoint in the Hugging Face layout, config.json last; that file, which names the
@@ -767,11 +746,7 @@ def save_pretrained(model, folder, source):
             shutil.copyfile(path, copy + ".tmp")
             os.replace(copy + ".tmp", copy)
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors)
-    path = os.path.join(folder, "config.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(raw, file, indent=2)
-    os.replace(path + ".tmp", path)
-
+    write_text(os.path.join(folder, "config.json"), json.dumps(raw, indent=2))
 
 def load_tokenizer(folder_or_hub_id, revision=None):
     """The Tokenizer of tokenizer.json or vocab.txt; pads with [PAD], <pad> or 0, cuts nothing."""
@@ -789,7 +764,6 @@ def load_tokenizer(folder_or_hub_id, revision=None):
             tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     return tokenizer
 
-
 def read_vocab(path):
     """BERT's tokenizer of word pieces, one a line; tokenizer_config.json may change defaults."""
     settings = os.path.join(os.path.dirname(path), "tokenizer_config.json")
@@ -798,3 +772,18 @@ def read_vocab(path):
         path, lowercase=raw.get("do_lower_case", True), strip_accents=raw.get("strip_accents"),
         handle_chinese_chars=raw.get("tokenize_chinese_chars", True))
     return Tokenizer.from_str(pieces.to_str())
+
+def require_room(config, source, tokens, segments, lengths):
+    """ValueError for a token, a segment or a length that the model has no place for.
+
+    tokens, segments: lists of lists of ids.  lengths: {what it is the length of: tokens}.
+    """
+    path = os.path.join(source, "tokenizer.json")
+    for what, rows, count in (("token", tokens, config.vocab_size),
+                              ("segment", segments, config.token_types)):
+        largest = max(map(max, rows))
+        require(not count or largest < count,
+                f"{path}: gives {what} {largest}; the model has {count}")
+    for what, length in lengths.items():
+        require(config.max_length is None or length <= config.max_length,
+                f"{what}: {length} tokens; the model has {config.max_length} positions")
