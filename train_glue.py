@@ -15,7 +15,6 @@ seed.
 
 import argparse
 import contextlib
-import glob
 import json
 import math
 import multiprocessing
@@ -25,36 +24,33 @@ import shutil
 import statistics
 import tempfile
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from functools import partial
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bilora import (add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
                     clip_perturbation_, lora_sam_step, lora_step, primary_parameters, save_adapter)
-from model import (Transformer, as_list, load_tokenizer, local_folder, read_config,
-                   write_safetensors)
+from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder,
+                   read_config, read_json, require_room, write_safetensors, write_text)
+
 
 # --------------------------------------------------------------------------------------- methods
 # One step of a method: (run, closure) -> what is logged of it.  `run` is what `prepare` returns;
 # closure() runs forward and backward on the step's batch and returns the loss.
 
-
 def lora(run, closure):
     return {"loss": lora_step(run.descent, closure)}
-
 
 def lora_sam(run, closure):
     loss = lora_sam_step(run.descent, closure, run.rho, primary_parameters(run.model))
     return {"loss": loss, "perturbation": run.rho}
-
 
 def bi_lora(run, closure):
     norms = []
@@ -65,17 +61,14 @@ def bi_lora(run, closure):
     loss = bilora_step(run.descent, run.ascent, closure, run.layers, run.rho, clip)
     return {"loss": loss, "perturbation": norms[0], "clipped": norms[0] > run.rho}
 
-
 class Method(NamedTuple):
     step: Callable
     auxiliary: bool = False  # with an auxiliary pair; its radius is then the last one of --rho
-
 
 METHODS = {"lora": Method(lora), "lora-sam": Method(lora_sam), "bi-lora": Method(bi_lora, True)}
 
 
 # -------------------------------------------------------------------------------------- training
-
 
 def train(args, method, seed, data, folder, progress):
     """One method, one seed: train, score, leave a run folder.  Returns what is in metrics.json."""
@@ -100,11 +93,10 @@ def train(args, method, seed, data, folder, progress):
         progress(1)
     return finish_run(run, partial(forward_backward, args, run.model.eval(), data, rows[:128]))
 
-
 def forward_backward(args, model, data, batch):
     """Mean loss over the batch's rows, or over their answers' tokens, 0-dim; its gradient adds up
     micro-batch by micro-batch."""
-    size, total, count = args.micro_batch or args.batch_size, 0.0, len(batch)
+    size, total, count = args.micro_batch or len(batch), 0.0, len(batch)
     if data.answers:
         count = sum(len(data.answers[label]) for *_, label in batch)
     for start in range(0, len(batch), size):
@@ -113,7 +105,6 @@ def forward_backward(args, model, data, batch):
         loss.backward()
         total = total + loss.detach()
     return total
-
 
 def prepare(args, method, seed, build, folder, steps):
     """A run: its model, layers, descent, ascent (None without auxiliary pairs), schedules, radius,
@@ -129,7 +120,7 @@ def prepare(args, method, seed, build, folder, steps):
     if model.classifier is not None:
         model.classifier.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, torch.nn.Dropout):
             module.p = args.dropout
     descent, ascent = bilora_optimizers(model, args.lr, args.aux_lr, args.ascent)
     schedules = [cosine_schedule(optimizer, steps) for optimizer in (descent, ascent) if optimizer]
@@ -137,15 +128,13 @@ def prepare(args, method, seed, build, folder, steps):
                           descent=descent, ascent=ascent, schedules=schedules, steps=steps,
                           rho=args.rho[-1 if auxiliary else 0], folder=folder, log=[], state={})
     torch.manual_seed(seed)  # dropout masks: the same stream, however much the adapters drew
-    path = os.path.join(folder, "state.pt")
-    if args.resume and os.path.exists(path):
-        load_state(run, path)
+    if args.resume and os.path.exists(os.path.join(folder, "state.pt")):
+        load_state(run)
     if torch.device(args.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
     else:  # on a CPU the plain attention kernel's backward is over twice as fast in bfloat16
         torch.backends.cuda.enable_flash_sdp(not args.bf16)
     return run
-
 
 def cosine_schedule(optimizer, steps, warmup=0.03):
     """Linear warm-up over a fraction of the steps, then half a cosine to 0."""
@@ -157,32 +146,29 @@ def cosine_schedule(optimizer, steps, warmup=0.03):
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-
 def plan_batches(args, seed, lengths):
     """[(epoch, indices)] of every step, drawn by the seed: shuffled, but a batch has rows of
     similar length (they are sorted within 16 batches)."""
-    rng, plan, pool = random.Random(seed), [], 16 * args.batch_size
+    rng, plan, size = random.Random(seed), [], args.batch_size
     for epoch in range(1, args.epochs + 1):
         order, batches = list(range(len(lengths))), []
         rng.shuffle(order)
-        for start in range(0, len(order), pool):
-            part = sorted(order[start:start + pool], key=lambda i: lengths[i])
-            batches += [part[i:i + args.batch_size] for i in range(0, len(part), args.batch_size)]
+        for start in range(0, len(order), 16 * size):
+            part = sorted(order[start:start + 16 * size], key=lambda i: lengths[i])
+            batches += [part[i:i + size] for i in range(0, len(part), size)]
         rng.shuffle(batches)
         plan += [(epoch, batch) for batch in batches]
     return plan
-
 
 def training_rows(args, data, seed):
     """--limit rows drawn by the seed, a share --label-noise of them with another label."""
     count = min(args.limit or len(data.rows), len(data.rows))
     rows = random.Random(f"limit-{seed}").sample(data.rows, count)
     rng, classes = random.Random(f"noise-{seed}"), range(len(data.task.labels))
-    for i in rng.sample(range(len(rows)), round(args.label_noise * len(rows))):
+    for i in rng.sample(range(count), round(args.label_noise * count)):
         ids, types, label = rows[i]
         rows[i] = ids, types, rng.choice([other for other in classes if other != label])
     return rows
-
 
 def loss_rise(run, closure, rho=0.05):
     """L(W + rho G / ||G||) - L(W) over all adapted W together, G = dL/dW: SAM's two passes, with an
@@ -201,32 +187,22 @@ def loss_rise(run, closure, rho=0.05):
 
 # ------------------------------------------------------------------------------- loss and scores
 
-
 def build_model(data):
-    """The pretrained model.  An encoder's head is fresh; to regress it starts at the mean label."""
-    labels = None if data.answers else len(data.task.labels) or 1
-    model = Transformer.from_pretrained(data.source, num_labels=labels)
-    if labels and not data.task.labels:
-        head = getattr(model.classifier, "out_proj", model.classifier)
-        if not head.bias.any():  # it does not come from the checkpoint
-            nn.init.constant_(head.bias, statistics.fmean(label for *_, label in data.rows))
-    return model
-
+    """The pretrained model; an encoder's head is fresh."""
+    classes = None if data.answers else len(data.task.labels)
+    return Transformer.from_pretrained(data.source, num_labels=classes)
 
 def pad_rows(rows, fill, device):
     """(B, L) int64, each row filled up on the right to the longest."""
     length = max(len(row) for row in rows)
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
 
-
 def logits_of(model, data, batch):
     """(B, classes) of an encoder with a head; float32."""
     ids, types, _ = zip(*batch)
-    device, mask = next(model.parameters()).device, [[1] * len(row) for row in ids]
-    ids, mask, types = (pad_rows(rows, fill, device)
-                        for rows, fill in ((ids, data.pad_id), (mask, 0), (types, 0)))
-    return model(ids, mask, types).float()
-
+    device, ones = next(model.parameters()).device, [[1] * len(row) for row in ids]
+    ids, mask = pad_rows(ids, data.pad_id, device), pad_rows(ones, 0, device)
+    return model(ids, mask, pad_rows(types, 0, device)).float()
 
 def loss_sum(model, data, batch):
     """Summed over the batch's rows, or over their answers' tokens, 0-dim."""
@@ -234,11 +210,8 @@ def loss_sum(model, data, batch):
     if data.answers:
         answers = [data.answers[label] for label in labels]
         return answer_losses(model, [row[0] for row in batch], answers, data.pad_id, device).sum()
-    logits, labels = logits_of(model, data, batch), torch.tensor(labels, device=device)
-    if data.task.labels:
-        return F.cross_entropy(logits, labels, reduction="sum")
-    return F.mse_loss(logits[:, 0], labels, reduction="sum")
-
+    labels = torch.tensor(labels, device=device)
+    return F.cross_entropy(logits_of(model, data, batch), labels, reduction="sum")
 
 def answer_losses(model, prompts, answers, pad_id, device):
     """-log p(answer | prompt) of each row, (B,), summed over the answer's tokens.
@@ -262,10 +235,9 @@ def answer_losses(model, prompts, answers, pad_id, device):
     losses[keep] = F.cross_entropy(logits, labels[keep], reduction="none")
     return losses.sum(1)
 
-
 @torch.no_grad()
 def predict(args, model, data, rows):
-    """The class, or for a regression the number, that the model gives each row."""
+    """The class that the model gives each row."""
     model.eval()
     device, predictions = torch.device(args.device), [0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # less padding
@@ -276,15 +248,13 @@ def predict(args, model, data, rows):
             if data.answers:  # log p(answer | prompt) of each class's answer
                 prompts = [row[0] for row in batch for _ in data.answers]
                 answers = data.answers * len(batch)
-                scores = -answer_losses(model, prompts, answers, data.pad_id, device)
-                scores = scores.view(len(batch), -1)
+                losses = answer_losses(model, prompts, answers, data.pad_id, device)
+                scores = -losses.view(len(batch), -1)
             else:
                 scores = logits_of(model, data, batch)
-        values = scores.argmax(1) if data.task.labels else scores[:, 0]
-        for i, value in zip(part, values.tolist()):
-            predictions[i] = value
+        for i, label in zip(part, scores.argmax(1).tolist()):
+            predictions[i] = label
     return predictions
-
 
 def evaluate(args, model, data):
     """For the log: the scores of every evaluation set, and how often each class is predicted."""
@@ -295,42 +265,29 @@ def evaluate(args, model, data):
         counts[name] = [predictions.count(c) for c in range(len(data.task.labels))]
     return {"scores": scores, "predicted": counts}
 
-
 def score(data, name, predictions):
     """{metric: value} of one evaluation set.  F1 is that of class 1; what is 0 / 0 is 0.  With
     several sets a metric's name ends in the set's: accuracy_matched."""
-    p, y = np.array(predictions, float), np.array([label for *_, label in data.sets[name]], float)
+    p, y = np.array(predictions), np.array([label for *_, label in data.sets[name]])
     suffix = "_" + name.removeprefix("dev_") if len(data.sets) > 1 else ""
     found = {"accuracy": np.mean(p == y), "f1": 2 * np.sum(p * y) / max(1, np.sum(p) + np.sum(y)),
-             "pearson": correlation(p, y), "spearman": correlation(ranks(p), ranks(y))}
-    found["matthews"] = found["pearson"]  # of 0 and 1 they are the same
+             "matthews": np.corrcoef(p, y)[0, 1] if p.std() > 0 and y.std() > 0 else 0.0}
     return {metric + suffix: float(found[metric]) for metric in data.task.metrics}
 
 
-def correlation(a, b):
-    return np.corrcoef(a, b)[0, 1] if a.std() > 0 and b.std() > 0 else 0.0
-
-
-def ranks(values):
-    """Ranks from 1, ties sharing their mean rank."""
-    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[where]
-
-
 # ------------------------------------------------------------------------------------------ data
-
 
 class Task(NamedTuple):
     """A GLUE task: its files and columns, what its labels mean, how it is scored, its settings."""
     folder: str                  # in GLUE's root
     text: tuple                  # columns of the sentences: names, or indices without a header
     label: object                # column of the label
-    labels: tuple                # as the file has them, in the order of the classes; () to regress
+    labels: tuple                # as the file has them, in the order of the classes
     metrics: tuple
     settings: dict               # defaults of the options
+    prompt: str = ""             # for a model that answers in text
+    answers: str = ""            # in the order of the classes
     dev: tuple = ("dev",)        # names of the evaluation files, without .tsv
-    skip_short: bool = False     # rows that lack a field are part of the published file
-
 
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "notes", "demo", "sentences")
 JOBS = 1 if torch.cuda.is_available() else os.cpu_count()  # of the demo
@@ -338,70 +295,52 @@ SHORT = {"epochs": 3, "lr": 5e-4, "batch_size": 32, "rho": [0.01, 0.05], "seeds"
 LONG, TWO = {**SHORT, "epochs": 10}, ("sentence1", "sentence2")
 RTE = {**LONG, "rho": [0.05, 0.1], "seeds": [0, 1, 2, 3, 4]}
 YES_NO, ENTAILED = ("0", "1"), ("entailment", "not_entailment")
-TASKS = {  # SHORT, LONG and RTE are the paper's settings; those of demo, qqp and stsb are ours
+SIMILAR = "classify the semantic similarity of the text: {}\n{}\nresult: "
+TASKS = {  # settings: the paper's, the demo's ours; prompts and answers: LoRA-GA's, rte's ours
     "demo": Task("", (3,), 1, YES_NO, ("accuracy",), {
         **LONG, "lr": 2e-3, "batch_size": 64, "rho": [0.2, 0.5], "aux_lr": 2.0, "limit": 2000,
         "label_noise": 0.3, "model": DEMO, "data": DEMO, "jobs": JOBS}),
-    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", YES_NO, ("accuracy", "f1"), LONG),
-    "cola": Task("CoLA", (3,), 1, YES_NO, ("matthews", "accuracy"), LONG),
-    "sst2": Task("SST-2", ("sentence",), "label", YES_NO, ("accuracy",), SHORT),
-    "rte": Task("RTE", TWO, "label", ENTAILED, ("accuracy",), RTE),
-    "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILED, ("accuracy",), SHORT),
-    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", YES_NO, ("accuracy", "f1"),
-                SHORT, skip_short=True),
+    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", YES_NO, ("accuracy", "f1"), LONG,
+                 SIMILAR, "different equivalent"),
+    "cola": Task("CoLA", (3,), 1, YES_NO, ("matthews", "accuracy"), LONG,
+                 "classify the grammaticality of the text: {}\nresult: ",
+                 "unacceptable acceptable"),
+    "sst2": Task("SST-2", ("sentence",), "label", YES_NO, ("accuracy",), SHORT,
+                 "classify the sentiment of the text: {}\nresult: ", "negative positive"),
+    "rte": Task("RTE", TWO, "label", ENTAILED, ("accuracy",), RTE, SIMILAR, " ".join(ENTAILED)),
+    "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILED, ("accuracy",), SHORT,
+                 SIMILAR.replace("text", "question and the sentence"), " ".join(ENTAILED)),
     "mnli": Task("MNLI", TWO, "gold_label", ("entailment", "neutral", "contradiction"),
-                 ("accuracy",), SHORT, dev=("dev_matched", "dev_mismatched")),
-    "stsb": Task("STS-B", TWO, "score", (), ("pearson", "spearman"), LONG)}
-
-SIMILAR = "classify the semantic similarity of the text: {}\n{}\nresult: "
-PROMPTS = {  # task: LoRA-GA's prompt and answers (rte's: ours); those T5 v1.0 was pretrained with
-    "mrpc": (SIMILAR, "different equivalent",
-             "mrpc sentence1: {} sentence2: {}", "not_equivalent equivalent"),
-    "cola": ("classify the grammaticality of the text: {}\nresult: ", "unacceptable acceptable",
-             "cola sentence: {}", "unacceptable acceptable"),
-    "sst2": ("classify the sentiment of the text: {}\nresult: ", "negative positive",
-             "sst2 sentence: {}", "negative positive"),
-    "rte": (SIMILAR, "entailment not_entailment",
-            "rte sentence1: {} sentence2: {}", "entailment not_entailment"),
-    "qnli": ("classify the semantic similarity of the question and the sentence: {}\n{}\nresult: ",
-             "entailment not_entailment",
-             "qnli question: {} sentence: {}", "entailment not_entailment"),
-    "qqp": (SIMILAR, "different duplicate",
-            "qqp question1: {} question2: {}", "not_duplicate duplicate"),
-    "mnli": (SIMILAR, "entailment neutral contradiction",
-             "mnli hypothesis: {1} premise: {0}", "entailment neutral contradiction")}
-
+                 ("accuracy",), SHORT, SIMILAR, "entailment neutral contradiction",
+                 ("dev_matched", "dev_mismatched"))}
 
 def load(args):
     """What a command reads: task, rows, evaluation sets, answers, pad id, the checkpoint's folder,
     files.  A row is (token ids, segment ids, label).  ValueError or OSError where that fails."""
     task, source = TASKS[args.task], local_folder(args.model, args.revision)
     (config, _), tokenizer = read_config(source), load_tokenizer(source)
-    pad_id, prompt, answers = tokenizer.padding["pad_id"], None, None
+    pad_id, prompt, answers = tokenizer.padding["pad_id"], None, []
+    lengths = {f"--max-length is {args.max_length}": args.max_length}
     folder = data_folder(args, task)
     paths = [os.path.join(folder, name + ".tsv") for name in ("train", *task.dev)]
-    if config.decoder_layers:
-        if args.task not in PROMPTS:
-            raise ValueError(f"{args.task} has no prompt; expected an encoder as --model")
-        prompt, words = PROMPTS[args.task][2:] if args.prompts == "t5" else PROMPTS[args.task][:2]
-        answers = encode_answers(tokenizer, words.split(), config.eos_id)
-    elif args.prompts:
-        raise ValueError(f"--prompts is {args.prompts}, but {source} has a classifier; expected a "
-                         "model that answers in text")
     texts = [read_tsv(task, path) for path in paths]
-    checkpoint = sorted(glob.glob(os.path.join(glob.escape(source), "*")))
+    if config.decoder_layers:
+        if not task.prompt:
+            raise ValueError(f"{args.task} has no prompt; expected an encoder as --model")
+        prompt = task.prompt
+        answers = encode_answers(tokenizer, task.answers.split(), config.eos_id)
+        if not config.encoder_layers:  # it reads the answer too, but for its last token
+            lengths["--max-length and an answer"] = args.max_length + max(map(len, answers)) - 1
     rows, *dev = [encode(tokenizer, part, prompt, args.max_length) for part in texts]
+    tokens, segments, _ = zip(*rows, *(row for part in dev for row in part))
+    require_room(config, source, [[pad_id], *tokens, *answers], segments, lengths)
     data = SimpleNamespace(task=task, rows=rows, sets=dict(zip(task.dev, dev)), answers=answers,
-                           pad_id=pad_id, source=source,
-                           files=[*paths, *filter(os.path.isfile, checkpoint)])
-    require_room(args, config, data)
-    data.majority = {}
-    if task.labels:
-        label = statistics.mode(label for *_, label in rows)
-        for name, part in data.sets.items():
-            data.majority |= score(data, name, [label] * len(part))
+                           pad_id=pad_id, source=source, majority={},
+                           files=[*paths, *checkpoint_files(source)])
+    label = statistics.mode(label for *_, label in rows)
+    for name, part in data.sets.items():
+        data.majority |= score(data, name, [label] * len(part))
     return data
-
 
 def read_tsv(task, path):
     """[(sentences, label)] of a GLUE file: no quoting, a byte-order mark allowed.  ValueError names
@@ -417,34 +356,23 @@ def read_tsv(task, path):
         columns = [header.index(name) for name in columns]
     rows = []
     for number, fields in enumerate(lines[start:], start + 1):
-        if len(fields) > max(columns):
-            *text, label = (fields[column] for column in columns)
-            rows.append((tuple(text), read_label(task, label, f"{path}, line {number}")))
-        elif not task.skip_short:
+        if len(fields) <= max(columns):
             raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected at least "
                              f"{max(columns) + 1}")
+        *text, label = (fields[column] for column in columns)
+        if label not in task.labels:
+            raise ValueError(f"{path}, line {number}: label {label!r}, expected one of "
+                             f"{', '.join(task.labels)}")
+        rows.append((tuple(text), task.labels.index(label)))
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
-
 
 def decode(line, where):
     try:
         return line.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8: {error}") from None
-
-
-def read_label(task, text, where):
-    if task.labels:
-        if text not in task.labels:
-            raise ValueError(f"{where}: label {text!r}, expected one of {', '.join(task.labels)}")
-        return task.labels.index(text)
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 5:
-            return float(text)
-    raise ValueError(f"{where}: score {text!r}, expected a number from 0 to 5")
-
 
 def encode(tokenizer, rows, prompt, max_length):
     """[(token ids, segment ids, label)], truncated to max_length: a prompt, which ends in the
@@ -465,80 +393,52 @@ def encode(tokenizer, rows, prompt, max_length):
             raise ValueError(f"the tokenizer gives no token for {text!r}")
     return [(row.ids, row.type_ids, label) for row, (_, label) in zip(encoded, rows)]
 
-
 def encode_answers(tokenizer, words, eos_id):
     """Token ids of each class's answer, the end of the sequence included."""
     end = as_list(eos_id)[:1]
     answers = [tokenizer.encode(word, add_special_tokens=False).ids + end for word in words]
-    if len({tuple(answer) for answer in answers}) < len(answers):
+    if len(set(map(tuple, answers))) < len(answers):
         raise ValueError(f"the tokenizer gives two of {', '.join(words)} the same tokens")
     return answers
-
-
-def require_room(args, config, data):
-    """ValueError for a length, or a token, that the model has no room for."""
-    extra = 0
-    if data.answers and not config.encoder_layers:
-        extra = max(len(answer) for answer in data.answers) - 1  # the last token is not read
-    if config.max_length is not None and args.max_length + extra > config.max_length:
-        longest = f", the longest answer {extra} more" if extra else ""
-        raise ValueError(f"--max-length is {args.max_length}{longest}; the model has "
-                         f"{config.max_length} positions")
-    rows = [*data.rows, *(row for part in data.sets.values() for row in part)]
-    largest = max(data.pad_id, *(max(ids) for ids, *_ in rows), *map(max, data.answers or []))
-    segment = max(max(types) for _, types, _ in rows)
-    path, types = os.path.join(data.source, "tokenizer.json"), config.token_types or math.inf
-    for what, found, count in (("token", largest, config.vocab_size), ("segment", segment, types)):
-        if found >= count:
-            raise ValueError(f"{path}: gives {what} {found}; the model has {count}")
 
 
 # ------------------------------------------------------------------------------------- downloads
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
-ZIPS = {  # task: (file, sha256); no file of qqp has a published checksum
+ZIPS = {  # task: (file, sha256)
     "cola": ("CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
     "sst2": ("SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
     "rte": ("RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
     "qnli": ("QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
-    "mnli": ("MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
-    "stsb": ("STS-B.zip", "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")}
+    "mnli": ("MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633")}
 MRPC = {  # (address, sha256) of the pairs, and of the ids that are the development set
     "pairs": ("https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt",
               "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
     "ids": ("https://raw.githubusercontent.com/MegEngine/Models/master/official/nlp/bert/glue_data/"
             "MRPC/dev_ids.tsv", "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")}
 
-
 def data_folder(args, task):
-    """The folder of the task's files: --data itself, or in it as GLUE's root, or in the cache."""
-    home = os.path.join(os.path.expanduser("~"), ".cache", "bilora")
-    root = args.data or os.path.join(os.environ.get("BILORA_CACHE") or home, "glue")
-    inside = os.path.join(root, task.folder)
-    if not args.data and not os.path.isdir(inside):
-        download_task(args.task, inside)
-    return inside if os.path.isdir(inside) else root
-
-
-def download_task(name, folder):
-    """Put a task's files into a folder, which appears once all of them are whole."""
-    if name != "mrpc" and name not in ZIPS:
-        raise ValueError(f"{name} cannot be downloaded: no file of it has a published checksum; "
-                         "expected --data DIR")
-    root = os.path.dirname(folder)
+    """The folder of the task's files: --data itself, or in it as GLUE's root, or in the cache,
+    where it appears once all of its files are whole."""
+    home = os.environ.get("BILORA_CACHE") or os.path.expanduser("~/.cache/bilora")
+    root = args.data or os.path.join(home, "glue")
+    folder = os.path.join(root, task.folder)
+    if args.data or os.path.isdir(folder):
+        return folder if os.path.isdir(folder) else root
     os.makedirs(root, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
-        whole = os.path.join(scratch, os.path.basename(folder))
-        if name == "mrpc":
+        whole = os.path.join(scratch, task.folder)
+        if args.task == "mrpc":
             for file, (address, sha256) in MRPC.items():
                 fetch(address, sha256, os.path.join(scratch, file))
             split_mrpc(scratch, whole)
         else:
-            fetch(GLUE + ZIPS[name][0], ZIPS[name][1], os.path.join(scratch, "files.zip"))
+            name, sha256 = ZIPS[args.task]
+            fetch(GLUE + name, sha256, os.path.join(scratch, "files.zip"))
             shutil.unpack_archive(os.path.join(scratch, "files.zip"), scratch)
         with contextlib.suppress(OSError):  # another process was first
             os.rename(whole, folder)
-
+    return folder
 
 def fetch(address, sha256, path):
     """Download a file with a progress bar; ValueError, and no file, unless it is the right one."""
@@ -547,7 +447,6 @@ def fetch(address, sha256, path):
     except Exception as error:  # of several libraries
         raise ValueError(f"{address}: {' '.join(str(error).split())}; connect to the network, or "
                          "give files that are there with --data") from None
-
 
 def split_mrpc(scratch, folder):
     """GLUE's train.tsv and dev.tsv: dev has the pairs whose two ids stand in one line of `ids`."""
@@ -564,16 +463,13 @@ def split_mrpc(scratch, folder):
 
 # ------------------------------------------------------------------------------ the files of a run
 
-
 def trained_tensors(model):
     """{name: tensor} of all that is trained; writing into one writes into the model."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-
 def parts_of(run):
     """What has a state_dict of its own, in a fixed order."""
     return [part for part in (run.descent, run.ascent, *run.schedules) if part]
-
 
 def save_state(run):
     """All that the rest of the run depends on, in the run folder's state.pt."""
@@ -587,12 +483,11 @@ def save_state(run):
         raise OSError(f"{path}.tmp: {str(error).splitlines()[0]}") from None
     os.replace(path + ".tmp", path)
 
-
-def load_state(run, path):
-    """Put a saved state back."""
+def load_state(run):
+    """Put the saved state back."""
+    path, trained = os.path.join(run.folder, "state.pt"), trained_tensors(run.model)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        trained = trained_tensors(run.model)
         for name in trained.keys() | saved["trained"].keys():
             trained[name].copy_(saved["trained"][name])
         for part, state in zip(parts_of(run), saved["parts"], strict=True):
@@ -605,37 +500,36 @@ def load_state(run, path):
         raise OSError(f"{path}: not the state of this run ({type(error).__name__}); remove it to "
                       "start the run anew") from None
 
-
 def finish_run(run, closure=None, files=()):
     """Write the files of a finished run; metrics.json is written last: it marks it as finished.
     closure: forward and backward on fixed rows, for loss_rise.  files: more, (name, text) each."""
+    model, log, names = run.model, run.log, list(run.log[-1]["scores"])
     memory = peak_memory(run.args.device)  # the rise, which is measured next, needs more
-    more = {"rise": loss_rise(run, closure)} if closure else {}
-    epochs = [{"epoch": row["epoch"], **row["scores"]} for row in run.log if "scores" in row]
+    rise = {"rise": loss_rise(run, closure)} if closure else {}
+    epochs = [{"epoch": row["epoch"], **row["scores"]} for row in log if "scores" in row]
     for row in epochs:
-        row["loss"] = statistics.fmean(r["loss"] for r in run.log if r["epoch"] == row["epoch"])
-    model, log, folder, names = run.model, run.log, run.folder, list(run.log[-1]["scores"])
+        row["loss"] = statistics.fmean(r["loss"] for r in log if r["epoch"] == row["epoch"])
     best = max(epochs, key=lambda row: row[names[0]])
+    head = [] if model.classifier is None else list(model.classifier.parameters())
     groups = {"primary": primary_parameters(model), "auxiliary": auxiliary_parameters(model),
-              "head": list(model.classifier.parameters()) if model.classifier is not None else []}
+              "head": head}
     result = {"method": run.method, "seed": run.seed,
-              "config": read_json(os.path.join(folder, "config.json")),
+              "config": read_json(os.path.join(run.folder, "config.json")),
               "parameters": {name: sum(p.numel() for p in group) for name, group in groups.items()},
-              "metrics": log[-1]["scores"] | {f"best_{key}": best[key] for key in names} | more,
+              "metrics": log[-1]["scores"] | {f"best_{name}": best[name] for name in names} | rise,
               "predicted": log[-1].get("predicted"), "best_epoch": best["epoch"], "epochs": epochs,
               "clipped_fraction": statistics.fmean(row.get("clipped", 0.0) for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log),
               "peak_memory_bytes": memory}
     lines = "".join(json.dumps(row) + "\n" for row in log)
     for name, text in (("log.jsonl", lines), *files):
-        write_text(os.path.join(folder, name), text)
-    save_adapter(model, folder, model.module_names, write_safetensors)
-    draw_curves([result], os.path.join(folder, "curves.png"))
-    write_text(os.path.join(folder, "metrics.json"), json.dumps(result, indent=2))
+        write_text(os.path.join(run.folder, name), text)
+    save_adapter(model, run.folder, model.module_names, write_safetensors)
+    draw_curves([result], os.path.join(run.folder, "curves.png"))
+    write_text(os.path.join(run.folder, "metrics.json"), json.dumps(result, indent=2))
     with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(folder, "state.pt"))
+        os.remove(os.path.join(run.folder, "state.pt"))
     return result
-
 
 def peak_memory(device):
     """Bytes: allocated on a GPU; on a CPU the process's largest resident size, on Linux."""
@@ -645,22 +539,7 @@ def peak_memory(device):
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
-def read_json(path):
-    with open(path, encoding="utf-8") as file:
-        try:
-            return dict(json.load(file))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not a JSON object: {error}") from None
-
-
-def write_text(path, text):
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
-
-
 # ------------------------------------------------------------------------------- all runs together
-
 
 def compare(args, fail, load, train):
     """Train every method with every seed, --jobs at a time; write metrics.json and curves.png over
@@ -669,26 +548,22 @@ def compare(args, fail, load, train):
     load(args) reads what the runs share; train(args, method, seed, data, folder, progress) trains
     one.  What goes wrong ends in fail(message); nothing is written before all input is checked.
     """
-    keys = [(seed, method) for seed in args.seeds for method in args.method]
-    folders = {key: os.path.join(args.out, f"{key[1]}-seed{key[0]}") for key in keys}
+    folders = {(seed, method): os.path.join(args.out, f"{method}-seed{seed}")
+               for seed in args.seeds for method in args.method}
     try:
         data = load(args)
         require_ranks_that_fit(args, data.source)
         results = begin(args, data.files, folders)  # those that are finished
-        todo = [key for key in keys if key not in results]
         rows = min(args.limit or len(data.rows), len(data.rows))
-        print(f"{args.task}: {rows} training rows; {len(keys)} runs in {args.out}, "
+        print(f"{args.task}: {rows} training rows; {len(folders)} runs in {args.out}, "
               f"{len(results)} of them finished before")
+        todo = {key: folder for key, folder in folders.items() if key not in results}
         steps = len(todo) * args.epochs * math.ceil(rows / args.batch_size)
         with tqdm(total=steps, desc="all runs", unit="step", disable=None) as bar:
-            folders = {key: folders[key] for key in todo}
-            for key, result in run_all(args, load, train, data, folders, bar.update):
-                results[key] = result
-                done = [results[key] for key in keys if key in results]
-                report = write_report(args, done, data.majority)
-        report = write_report(args, [results[key] for key in keys], data.majority)
+            results |= dict(run_all(args, load, train, data, todo, bar.update))
+        report = write_report(args, [results[key] for key in folders], data.majority)
         draw_curves(report["results"], os.path.join(args.out, "curves.png"), data.majority)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenExecutor) as error:
         fail(str(error))
     except FloatingPointError as error:
         raise SystemExit(f"error: {error}")
@@ -697,7 +572,6 @@ def compare(args, fail, load, train):
           f"{os.path.join(args.out, 'curves.png')}; adapters: in a folder of each run beside them")
     return report
 
-
 def require_ranks_that_fit(args, source):
     """add_lora's ValueError, on a model without values."""
     auxiliary = any(METHODS[method].auxiliary for method in args.method)
@@ -705,12 +579,44 @@ def require_ranks_that_fit(args, source):
         model = Transformer(read_config(source)[0])
     add_lora(model, args.rank, args.alpha, args.aux_rank if auxiliary else 0)
 
+def begin(args, files, folders):
+    """{key: result} of the runs that are finished; makes the folders of the others.
+
+    ValueError, before anything has changed, for an --out with other settings, and for a finished
+    run that neither --resume nor --overwrite asks for.
+    """
+    others = ("method", "seeds", "out", "resume", "overwrite", "save_every", "jobs", "defaults")
+    config = {name: value for name, value in vars(args).items() if name not in others}
+    config["files"] = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
+    done = {}
+    for key, folder in {None: args.out, **folders}.items():
+        path, metrics = (os.path.join(folder, name) for name in ("config.json", "metrics.json"))
+        if args.overwrite or not os.path.exists(path):
+            continue
+        begun = {**args.defaults, **read_json(path)}  # an option that is newer than the run
+        for name, value in config.items():
+            if begun.get(name) != value:
+                raise ValueError(f"{path}: {name} is {begun.get(name)!r}, now {value!r}; expected "
+                                 "the same, another --out, or --overwrite")
+        if key and os.path.exists(metrics):
+            done[key] = read_json(metrics)
+    if done and not args.resume:
+        raise ValueError(f"{args.out}: {len(done)} of these runs are finished; --resume takes them "
+                         "as they are, --overwrite trains them anew")
+    for (seed, method), folder in folders.items():
+        if args.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder, exist_ok=True)
+        own = {"method": method, "seed": seed, **config}
+        write_text(os.path.join(folder, "config.json"), json.dumps(own, indent=2))
+    write_text(os.path.join(args.out, "config.json"), json.dumps(config, indent=2))
+    return done
 
 def run_all(args, load, train, data, folders, progress):
     """(key, result) of each run as it ends; with --jobs above 1 in processes of one thread each."""
     if args.jobs == 1:
-        for key, folder in folders.items():
-            yield one_run(train, args, key, folder, data, progress)
+        WORKER.update(data=data, progress=progress)
+        yield from (one_run(train, args, *item) for item in folders.items())
         return
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -725,141 +631,96 @@ def run_all(args, load, train, data, folders, progress):
         finally:  # after an error the runs that wait do not begin
             pool.shutdown(cancel_futures=True)
 
-
 WORKER = {}  # of a process: what it has read, and how it reports a step
-
 
 def start_worker(load, args, queue):
     queue.cancel_join_thread()  # a process may end with steps that nobody has read
     torch.set_num_threads(1)  # two beside another busy process are far slower than one
     WORKER.update(data=load(args), progress=queue.put)
 
-
-def one_run(train, args, key, folder, data=None, progress=None):
+def one_run(train, args, key, folder):
     """(key, result).  An error says which run it was."""
-    data, progress = data or WORKER["data"], progress or WORKER["progress"]
+    seed, method = key[:2]
     try:
-        return key, train(args, key[1], key[0], data, folder, progress)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{key[1]}, seed {key[0]}: {error}") from None
-    except (ValueError, OSError) as error:  # not all of their kinds take a message alone
-        raise ValueError(f"{key[1]}, seed {key[0]}: {error}") from None
-
-
-def begin(args, files, folders):
-    """{key: result} of the runs that are finished; makes the folders of the others.
-
-    ValueError, before anything has changed, for an --out with other settings, and for a finished
-    run that neither --resume nor --overwrite asks for.
-    """
-    others = ("method", "seeds", "out", "resume", "overwrite", "save_every", "jobs", "defaults")
-    config = {name: value for name, value in vars(args).items() if name not in others}
-    config["files"] = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
-    config = json.loads(json.dumps(config))
-    paths = [os.path.join(folder, "config.json") for folder in (args.out, *folders.values())]
-    for path in paths:
-        begun = read_json(path) if os.path.exists(path) and not args.overwrite else config
-        for name, value in config.items():
-            old = begun.get(name, args.defaults.get(name))  # an option that is newer than the run
-            if old != value:
-                raise ValueError(f"{path}: {name} is {old!r}, now {value!r}; expected the same, "
-                                 "another --out, or --overwrite")
-    metrics = {key: os.path.join(folder, "metrics.json") for key, folder in folders.items()}
-    done = {key: read_json(path) for key, path in metrics.items()
-            if os.path.exists(path) and not args.overwrite}
-    if done and not args.resume:
-        raise ValueError(f"{args.out}: {len(done)} of these runs are finished; --resume takes them "
-                         "as they are, --overwrite trains them anew")
-    for (seed, method), folder in folders.items():
-        if args.overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(folder, exist_ok=True)
-        own = {"method": method, "seed": seed, **config}
-        write_text(os.path.join(folder, "config.json"), json.dumps(own, indent=2))
-    write_text(paths[0], json.dumps(config, indent=2))
-    return done
-
+        return key, train(args, method, seed, WORKER["data"], folder, WORKER["progress"])
+    except (FloatingPointError, ValueError, OSError) as error:
+        kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
+        raise kind(f"{method}, seed {seed}: {error}") from None
 
 def mean_stderr(values):
     n = len(values)
     error = statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return {"mean": statistics.fmean(values), "stderr": error, "n": n}
 
-
 def write_report(args, results, majority):
     """OUT/metrics.json: results, and per method mean, standard error and number of seeds of each
     metric, and of its difference, seed by seed, to the first method of the table.  majority: the
     scores of the most frequent training label."""
-    runs = {(run["method"], run["seed"]): run["metrics"] for run in results}
-    first, summary, differences = next(iter(METHODS)), {}, {}
-    for method in dict.fromkeys(run["method"] for run in results):
-        own = {seed: metrics for (name, seed), metrics in runs.items() if name == method}
-        paired = [seed for seed in own if (first, seed) in runs]
-        summary[method], names = {}, next(iter(own.values()))
-        for name in names:
-            summary[method][name] = mean_stderr([metrics[name] for metrics in own.values()])
-        if method != first and paired:
-            differences[method] = {name: mean_stderr([own[seed][name] - runs[first, seed][name]
-                                                      for seed in paired]) for name in names}
+    runs, first, summary, difference = {}, next(iter(METHODS)), {}, {}
+    for run in results:
+        runs.setdefault(run["method"], {})[run["seed"]] = run["metrics"]
+    for method, own in runs.items():
+        paired = [seed for seed in own if method != first and seed in runs.get(first, {})]
+        for name in results[0]["metrics"]:
+            values = [metrics[name] for metrics in own.values()]
+            summary.setdefault(method, {})[name] = mean_stderr(values)
+            if paired:
+                values = [own[seed][name] - runs[first][seed][name] for seed in paired]
+                difference.setdefault(method, {})[name] = mean_stderr(values)
     config = {name: value for name, value in vars(args).items() if name != "defaults"}
     report = {"task": args.task, "model": args.model, "config": config, "results": results,
-              "summary": summary, "baseline": first, "difference": differences,
+              "summary": summary, "baseline": first, "difference": difference,
               "majority": majority}
     write_text(os.path.join(args.out, "metrics.json"), json.dumps(report, indent=2))
     return report
-
 
 def print_table(report):
     """A Markdown table for each metric: mean ± standard error over the seeds."""
     def cell(entry):
         if entry is None:
             return ""
-        error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
-        return f"{entry['mean']:.4f}{error}"
+        error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.3f}"
+        return f"{entry['mean']:.3f}{error}"
 
-    summary, results = report["summary"], report["results"]
-    names = list(next(iter(summary.values())))
-    for name in [name for name in names if f"best_{name}" in names]:
-        print(f"\n| {name} | last epoch | minus {report['baseline']}'s | best epoch | rise "
-              "| s/step |\n|---|---|---|---|---|---|")
+    summary, results, first = report["summary"], report["results"], report["baseline"]
+    for name in [name for name in results[0]["metrics"] if f"best_{name}" in results[0]["metrics"]]:
+        print(f"\n| {name} | last epoch | minus {first}'s | best epoch | rise | s/step |\n"
+              "|---|---|---|---|---|---|")
         if name in report["majority"]:
-            print(f"| majority class | {report['majority'][name]:.4f} | | | | |")
+            print(f"| majority class | {report['majority'][name]:.3f} | | | | |")
         for method, entries in summary.items():
             seconds = [run["step_seconds"] for run in results if run["method"] == method]
-            difference = report["difference"].get(method, {}).get(name)
-            print(f"| {method} | {cell(entries[name])} | {cell(difference)} "
-                  f"| {cell(entries['best_' + name])} | {cell(entries.get('rise'))} "
-                  f"| {statistics.median(seconds):.3f} |")
+            cells = [entries[name], report["difference"].get(method, {}).get(name),
+                     entries["best_" + name], entries.get("rise")]
+            median = f"{statistics.median(seconds):.3f}"
+            print("| " + " | ".join([method, *map(cell, cells), median]) + " |")
     seeds = sorted({run["seed"] for run in results})
     print(f"\nMean ± standard error; seeds {', '.join(map(str, seeds))}; differences are paired by "
           "seed; the best epoch is chosen on the set it is reported on.\nrise: of the training "
           "loss from W to W + 0.05 G / ||G||, over all adapted layers, on fixed rows.")
     for run in results:
         for name, counts in (run["predicted"] or {}).items():
-            if counts and max(counts) == sum(counts):
+            if max(counts) == sum(counts):
                 print(f"{run['method']}, seed {run['seed']}: predicts one class only in {name}")
-
 
 def draw_curves(results, path, majority=()):
     """Training loss and first metric over the epochs, a line a method, a band of one standard error
     over the seeds; dotted: the score of the most frequent label."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    metric, methods = next(iter(results[0]["metrics"])), [run["method"] for run in results]
+    metric, seeds = next(iter(results[0]["metrics"])), {run["seed"] for run in results}
     for axis, key in zip(figure.subplots(1, 2), ("loss", metric)):
-        for method in dict.fromkeys(methods):
+        for method in dict.fromkeys(run["method"] for run in results):
             runs = [run["epochs"] for run in results if run["method"] == method]
-            colour = f"C{list(METHODS).index(method)}"
+            colour, epochs = f"C{list(METHODS).index(method)}", [row["epoch"] for row in runs[0]]
             curves = np.array([[row[key] for row in run] for run in runs])
             mean, error = curves.mean(0), curves.std(0) / math.sqrt(max(1, len(curves) - 1))
-            epochs = [row["epoch"] for row in runs[0]]
             axis.plot(epochs, mean, marker=".", label=method, color=colour)
             axis.fill_between(epochs, mean - error, mean + error, alpha=0.2, color=colour)
         axis.set(xlabel="epoch", ylabel="training loss" if key == "loss" else key)
     if metric in majority:
         axis.axhline(majority[metric], color="grey", linestyle=":", label="majority class")
     axis.legend()
-    count = len({run["seed"] for run in results})
-    figure.suptitle(f"{results[0]['config']['task']}; seeds: {count}")
+    figure.suptitle(f"{results[0]['config']['task']}; seeds: {len(seeds)}")
     figure.savefig(path + ".tmp", format="png", dpi=100)
     os.replace(path + ".tmp", path)
 
@@ -867,97 +728,13 @@ def draw_curves(results, path, majority=()):
 # -------------------------------------------------------------------------------------- arguments
 
 SOURCES = """Whose the defaults are.  The paper's: rank, aux-rank, alpha, aux-lr = lr, a cosine with
-a warm-up of 0.03 of the steps, adapters on all linear layers without dropout, max-length; by task
-lr, batch-size, micro-batch, epochs, rho and the number of seeds.  The code that the paper follows
-(LoRA-GA, Flat-LoRA): AdamW without weight decay, prompts, MetaMathQA's first 100,000 rows of at
-most 512 tokens, max-new-tokens.  The authors' code, as reported: ascent sgd.  Ours: no dropout in
-the base (the followed code leaves T5's 0.1 on), no gradient clipping (it clips at 1), precision,
-batches of rows of similar length, the last epoch's score, the whole answer compared (it takes the
-first token), a problem and its answer tokenized apart (it joins them by a space), everything about
-the demo, qqp, stsb and gsm8k, and what is not named here."""
-INF = math.inf
-OPTIONS = [  # those of both scripts: group, name, type, smallest value, limit, default, help
-    ("task", "data", str, 0, 0, None, "folder of the task's files (default: downloaded once)"),
-    ("task", "model", str, 0, 0, None, "folder of a checkpoint, or the id of one on the hub"),
-    ("task", "revision", str, 0, 0, None, "of the model on the hub: branch, tag or commit"),
-    ("task", "limit", int, 1, INF, None, "training rows, drawn by the seed (default: all)"),
-    ("method", "rank", int, 1, INF, 8, "r"),
-    ("method", "aux-rank", int, 1, INF, 8, "r2, of the auxiliary pairs"),
-    ("method", "alpha", float, 1e-6, INF, 16, "the scale is s = alpha / rank"),
-    ("method", "rho", [float], 0, INF, None, "radius; a second one is for auxiliary pairs"),
-    ("method", "lr", float, 0, INF, None, "largest rate of the schedule, eta1"),
-    ("method", "aux-lr", float, 0, INF, None, "eta2, of the ascent (default: that of lr)"),
-    ("method", "ascent", ("sgd", "adamw"), 0, 0, "sgd", "sgd is Eq. (9) as printed"),
-    ("method", "epochs", int, 1, INF, None, "passes over the training rows"),
-    ("method", "batch-size", int, 1, INF, None, "rows a step"),
-    ("method", "micro-batch", int, 1, INF, None, "rows a forward pass (default: the batch)"),
-    ("method", "dropout", float, 0, 1, 0.0, "of the base; the adapters have none"),
-    ("run", "seeds", [int], 0, 2**63, None, "one run of each method for each"),
-    ("run", "device", str, 0, 0, "cuda" if torch.cuda.is_available() else "cpu", "where to train"),
-    ("run", "bf16", bool, 0, 0, False, "autocast to bfloat16; GSM8K's base is kept in it too"),
-    ("run", "checkpointing", bool, 0, 0, False, "compute each block twice, to save memory"),
-    ("run", "jobs", int, 1, INF, 1, "runs at a time; above 1 each in a process of one thread"),
-    ("run", "save-every", int, 1, INF, None, "steps between saved states, and at each epoch's end"),
-    ("run", "overwrite", bool, 0, 0, False, "delete runs that are in --out already")]
+a warm-up of 0.03 of the steps, adapters on all linear layers, max-length; by task lr, batch-size,
+micro-batch, epochs, rho and the number of seeds.  The code that the paper follows: AdamW without
+weight decay, prompts, MetaMathQA's first 100,000 rows of at most 512 tokens, max-new-tokens.  The
+authors' code, as reported: ascent sgd.  Ours: the rest, and everything about the demo and gsm8k;
+notes/usage.md lists where it differs from the code that the paper follows."""
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def parse_arguments(argv, doc, tasks, options):
-    """(arguments, fail): those of OPTIONS and `options`.  tasks: {name: {option: default}}; the
-    first one is the demo.  fail(message) ends the program with one line and exit code 2."""
-    first = Parser(add_help=False)
-    first.add_argument("--task", type=str.lower, choices=tasks, default=next(iter(tasks)))
-    task, options = first.parse_known_args(argv)[0].task, [*OPTIONS, *options]
-    defaults = {row[1].replace("-", "_"): row[5] for row in options} | tasks[task]
-    parser = Parser(description=doc, epilog=SOURCES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {name: parser.add_argument_group(name) for name in ("task", "method", "run")}
-    groups["task"].add_argument("--task", type=str.lower, choices=tasks, default=task,
-                                help="the defaults below are those of %(default)s")
-    groups["method"].add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS)[:3],
-                                  help="default: %(default)s")
-    groups["run"].add_argument("--out", help=f"folder of the results (default: runs/{task})")
-    groups["run"].add_argument("--resume", nargs="?", const=True, metavar="DIR",
-                               help="take finished runs of --out, or DIR, and go on with the rest")
-    for group, name, kind, least, below, _, text in options:
-        value = defaults[name.replace("-", "_")]
-        if value is not None:  # it stands in the place of what the text says without one
-            text = f"{text.split(' (default:')[0]} (default: {value})"
-        more = {"help": text, "default": value}
-        if kind is bool:
-            more["action"] = argparse.BooleanOptionalAction
-        elif isinstance(kind, tuple):
-            more["choices"] = kind
-        elif isinstance(kind, list):
-            more |= {"nargs": "+", "type": partial(number, kind[0], least, below)}
-        elif kind is not str:
-            more["type"] = partial(number, kind, least, below)
-        groups[group].add_argument("--" + name, **more)
-    args = parser.parse_args(argv)
-    if isinstance(args.resume, str):
-        if args.out or not os.path.isdir(args.resume):
-            parser.error(f"--resume {args.resume}: expected a folder of runs, and no --out then")
-        args.out, args.resume = args.resume, True
-    args.out, args.defaults = args.out or os.path.join("runs", task), defaults
-    args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
-    if not args.model:
-        parser.error(f"--task {task} needs --model, a folder or the id of a model on the hub")
-    if args.resume and args.overwrite:
-        parser.error("--resume keeps finished runs, --overwrite deletes them; expected one of them")
-    if len(args.rho) > 2:
-        parser.error(f"--rho has {len(args.rho)} values; expected one or two")
-    try:
-        torch.ones(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    return args, parser.error
-
-
-def number(kind, least, below, text):
+def number(kind, least, text, below=math.inf):
     """An argparse type: a number from `least` to under `below`."""
     with contextlib.suppress(ValueError):
         if least <= kind(text) < below:
@@ -965,21 +742,84 @@ def number(kind, least, below, text):
     limit = "" if below == math.inf else f" and < {below}"
     raise argparse.ArgumentTypeError(f"{text!r}, expected {kind.__name__} >= {least}{limit}")
 
+SHARE = {"type": partial(number, float, 0, below=1)}
+KINDS = {int: {"type": partial(number, int, 1)}, float: {"type": partial(number, float, 0)},
+         bool: {"action": argparse.BooleanOptionalAction}, str: {}}
+OPTIONS = [  # those of both scripts: group, name, one of KINDS or argparse's own words, default, help
+    ("task", "data", str, None, "folder of the task's files (default: downloaded once)"),
+    ("task", "model", str, None, "folder of a checkpoint, or the id of one on the hub"),
+    ("task", "revision", str, None, "of the model on the hub: branch, tag or commit"),
+    ("task", "limit", int, None, "training rows, drawn by the seed (default: all)"),
+    ("method", "rank", int, 8, "r"),
+    ("method", "aux-rank", int, 8, "r2, of the auxiliary pairs"),
+    ("method", "alpha", {"type": partial(number, float, 1e-6)}, 16, "the scale is alpha / rank"),
+    ("method", "rho", {**KINDS[float], "nargs": "+"}, None,
+     "radius; a second one is for auxiliary pairs"),
+    ("method", "lr", float, None, "largest rate of the schedule, eta1"),
+    ("method", "aux-lr", float, None, "eta2, of the ascent (default: that of lr)"),
+    ("method", "ascent", {"choices": ("sgd", "adamw")}, "sgd", "sgd is Eq. (9) as printed"),
+    ("method", "epochs", int, None, "passes over the training rows"),
+    ("method", "batch-size", int, None, "rows a step"),
+    ("method", "micro-batch", int, None, "rows a forward pass (default: the batch)"),
+    ("method", "dropout", SHARE, 0.0, "of the base; the adapters have none"),
+    ("run", "seeds", {"type": partial(number, int, 0, below=2**63), "nargs": "+"}, None,
+     "one run of each method for each"),
+    ("run", "device", str, "cuda" if torch.cuda.is_available() else "cpu", "where to train"),
+    ("run", "bf16", bool, False, "autocast to bfloat16; GSM8K's base is kept in it too"),
+    ("run", "checkpointing", bool, False, "compute each block twice, to save memory"),
+    ("run", "jobs", int, 1, "runs at a time; above 1 each in a process of one thread"),
+    ("run", "out", str, None, "folder of the results"),
+    ("run", "save-every", int, None, "steps between saved states, and at each epoch's end"),
+    ("run", "resume", bool, False, "take finished runs of --out, and go on with the others"),
+    ("run", "overwrite", bool, False, "delete runs that are in --out already")]
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+def parse_arguments(argv, doc, tasks, options):
+    """(arguments, fail): those of OPTIONS and `options`.  tasks: {name: {option: default}}; the
+    first one is the demo.  fail(message) ends the program with one line and exit code 2."""
+    first, task_option = Parser(add_help=False), {"type": str.lower, "choices": tasks}
+    first.add_argument("--task", default=next(iter(tasks)), **task_option)
+    task = first.parse_known_args(argv)[0].task
+    parser = Parser(description=doc, epilog=SOURCES,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {name: parser.add_argument_group(name) for name in ("task", "method", "run")}
+    groups["task"].add_argument("--task", default=task, **task_option,
+                                help="the defaults below are those of %(default)s")
+    groups["method"].add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS)[:3],
+                                  help="default: %(default)s")
+    defaults = {"out": os.path.join("runs", task), **tasks[task]}
+    for group, name, kind, value, text in [*OPTIONS, *options]:
+        value = defaults.setdefault(name.replace("-", "_"), value)
+        if value is not None:  # it stands in the place of what the text says without one
+            text = f"{text.split(' (default:')[0]} (default: {value})"
+        words = KINDS[kind] if isinstance(kind, type) else kind
+        groups[group].add_argument("--" + name, default=value, help=text, **words)
+    args, fail = parser.parse_args(argv), parser.error
+    args.defaults = defaults
+    args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
+    if not args.model:
+        fail(f"--task {task} needs --model, a folder or the id of a model on the hub")
+    if args.resume and args.overwrite:
+        fail("--resume keeps finished runs, --overwrite deletes them; expected one of them")
+    if len(args.rho) > 2:
+        fail(f"--rho has {len(args.rho)} values; expected one or two")
+    try:
+        torch.ones(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    return args, fail
+
+SETTINGS = {name: task.settings for name, task in TASKS.items()}
 GLUE_OPTIONS = [
-    ("task", "prompts", ("generic", "t5"), 0, 0, None, "for a model that answers in text; T5 v1.0 "
-     "was pretrained on GLUE's training sets with its own (default: generic)"),
-    ("task", "label-noise", float, 0, 1, 0.0, "share of the training labels that is replaced"),
-    ("task", "max-length", int, 1, INF, 256, "tokens a row")]
-
+    ("task", "label-noise", SHARE, 0.0, "share of the training labels that is replaced"),
+    ("task", "max-length", int, 256, "tokens a row")]
 
 def main(argv=None):
-    settings = {name: task.settings for name, task in TASKS.items()}
-    args, fail = parse_arguments(argv, __doc__, settings, GLUE_OPTIONS)
-    if args.label_noise and not TASKS[args.task].labels:
-        fail("--label-noise needs a task with classes")
+    args, fail = parse_arguments(argv, __doc__, SETTINGS, GLUE_OPTIONS)
     return compare(args, fail, load, train)
-
 
 if __name__ == "__main__":
     main()

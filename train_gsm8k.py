@@ -10,7 +10,6 @@ The demo is such a task too: a small decoder that was pretrained on arithmetic a
 other kinds than those it is fine-tuned on; both are in notes/demo.
 """
 
-import glob
 import itertools
 import json
 import os
@@ -24,13 +23,14 @@ from types import SimpleNamespace
 import torch
 from huggingface_hub import hf_hub_download
 
-from model import Transformer, as_list, load_tokenizer, local_folder, read_config
+from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder,
+                   read_config, require_room)
 from train_glue import (METHODS, answer_losses, compare, fetch, finish_run, parse_arguments,
                         plan_batches, prepare, save_state)
 
+
 # -------------------------------------------------------------------------------------- training
 # METHODS is the table of train_glue.py: one step of a method, (run, closure) -> what is logged.
-
 
 def train(args, method, seed, data, folder, progress):
     """One method, one seed: train, score, leave a run folder.  Returns what is in metrics.json."""
@@ -57,7 +57,6 @@ def train(args, method, seed, data, folder, progress):
     text = "".join(json.dumps(row) + "\n" for row in predictions)
     return finish_run(run, files=[("predictions.jsonl", text)])
 
-
 def forward_backward(args, model, data, batch):
     """Mean loss over the tokens of the batch's answers, 0-dim; the prompts' tokens have none.  Its
     gradient adds up micro-batch by micro-batch."""
@@ -71,13 +70,11 @@ def forward_backward(args, model, data, batch):
         total = total + loss.detach()
     return total
 
-
 def build_model(args, data):
     return Transformer.from_pretrained(data.source, dtype=torch.bfloat16 if args.bf16 else None)
 
 
 # ---------------------------------------------------------------------------- generation and scores
-
 
 def evaluate(args, model, data):
     """A row for each test problem: prompt, what was generated, the numbers found in it."""
@@ -90,7 +87,6 @@ def evaluate(args, model, data):
                      "flexibly_right": is_right(flexible, gold)})
     return rows
 
-
 def scores_of(rows):
     """accuracy: the number after #### is the right one.  flexible: the text's last number is.
     no_marker: no number stands after a ####."""
@@ -98,7 +94,6 @@ def scores_of(rows):
     return {"accuracy": sum(row["right"] for row in rows) / count,
             "flexible": sum(row["flexibly_right"] for row in rows) / count,
             "no_marker": sum(row["strict"] is None for row in rows) / count}
-
 
 def generate(args, model, data, prompts):
     """The text that follows each prompt, greedily; prompts of similar length share a batch and are
@@ -121,11 +116,9 @@ def generate(args, model, data, prompts):
             texts[i] = data.tokenizer.decode(list(row))
     return texts
 
-
 # A minus sign after a digit is a subtraction, commas part thousands, a fraction is no number.
 NUMBER = (r"\$?(?:(?<![0-9] )(?<![0-9])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))"
           r"(?:\.[0-9]+)?(?![0-9]|/[0-9])")
-
 
 def extract_answer(text, strict=True):
     """The number a solution ends with, as text without commas and currency sign, or None.
@@ -136,11 +129,9 @@ def extract_answer(text, strict=True):
     found = re.findall(rf"####[\s*]*({NUMBER})" if strict else NUMBER, text)
     return found[-1 if not strict else 0].replace(",", "").replace("$", "") if found else None
 
-
 def is_right(found, gold):
     """Are both there, and the same number?"""
     return found is not None and gold is not None and Decimal(found) == Decimal(gold)
-
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -151,7 +142,6 @@ DOWNLOADS = {  # file: sha256
     "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
 METAMATH = "MetaMathQA-395K.json"
 METAMATH_ROWS, METAMATH_TOKENS = 100_000, 512  # the first rows of GSM8K's kind of at most so many
-
 
 def load(args):
     """What a command reads: rows and test rows, (prompt ids, answer ids, number asked for) each,
@@ -178,30 +168,16 @@ def load(args):
         print(f"{train_file}: {len(examples) - len(rows)} rows of more than {args.max_length} "
               "tokens are left out")
     tests = encode(tokenizer, read_jsonl(test_file)[:args.eval_limit], config.eos_id)
-    checkpoint = sorted(glob.glob(os.path.join(glob.escape(source), "*")))
-    files = [train_file, test_file, *filter(os.path.isfile, checkpoint)]
-    data = SimpleNamespace(rows=rows, sets={"test": tests}, tokenizer=tokenizer, pad_id=pad_id,
-                           source=source, files=files, majority={})
-    require_room(args, config, data)
-    return data
-
-
-def require_room(args, config, data):
-    """ValueError for tokens, or places, that the model does not have."""
-    if not data.rows:
+    if not rows:
         raise ValueError(f"--max-length is {args.max_length}; every row is longer")
-    (tests,) = data.sets.values()
-    token = max(data.pad_id, *(max(*row[0], *row[1]) for row in [*data.rows, *tests]))
-    if token >= config.vocab_size:
-        raise ValueError(f"{os.path.join(data.source, 'tokenizer.json')}: gives token {token}; the "
-                         f"model has {config.vocab_size}")
-    row = max(len(prompt) + len(answer) for prompt, answer, _ in data.rows) - 1
+    tokens = [ids for row in [*rows, *tests] for ids in row[:2]]
+    row = max(len(prompt) + len(answer) for prompt, answer, _ in rows) - 1  # the end is not read
     prompt = max(len(prompt) for prompt, *_ in tests) + args.max_new_tokens - 1
-    for what, length in {"row": row, "prompt and --max-new-tokens": prompt}.items():
-        if config.max_length is not None and length > config.max_length:
-            raise ValueError(f"the longest {what}: {length} tokens; the model has "
-                             f"{config.max_length} positions")
-
+    require_room(config, source, [[pad_id], *tokens], [[0]], {
+        "the longest row": row, "the longest prompt and --max-new-tokens": prompt})
+    return SimpleNamespace(rows=rows, sets={"test": tests}, tokenizer=tokenizer, pad_id=pad_id,
+                           files=[train_file, test_file, *checkpoint_files(source)],
+                           source=source, majority={})
 
 def encode(tokenizer, rows, eos_id):
     """[(prompt ids, answer ids, the number asked for)] of [(question, answer)].  The only place
@@ -225,7 +201,6 @@ def encode(tokenizer, rows, eos_id):
             examples.append((ids, answer.ids + ends[:1], extract_answer(text)))
     return examples
 
-
 def data_file(args, name):
     """Path of a data file: in --data, or downloaded once into the cache."""
     if args.data:
@@ -244,7 +219,6 @@ def data_file(args, name):
         os.makedirs(folder, exist_ok=True)
         fetch(GSM8K + name, DOWNLOADS[name], path)
     return path
-
 
 def read_jsonl(path):
     """[(question, answer)] of GSM8K's file.  ValueError names file, line and value."""
@@ -266,7 +240,6 @@ def read_jsonl(path):
         raise ValueError(f"{path}: no rows")
     return rows
 
-
 def texts_of(row, question, answer, where):
     texts = ()
     if isinstance(row, dict):
@@ -276,7 +249,6 @@ def texts_of(row, question, answer, where):
                          f"{str(row)[:60]}")
     return texts
 
-
 def metamath_rows(path):
     """(question, answer) of each row whose type has GSM in it and whose response has a #### line,
     which then ends the answer."""
@@ -284,7 +256,6 @@ def metamath_rows(path):
         question, answer = texts_of(row, "query", "response", f"{path}, row {number}")
         if "GSM" in str(row.get("type")) and extract_answer(answer) is not None:
             yield question, answer.partition("\nThe answer is:")[0]
-
 
 def read_metamath(path, tokenizer, eos_id, count=METAMATH_ROWS, longest=METAMATH_TOKENS):
     """encode's examples of the first `count` rows that have at most `longest` tokens, the end token
@@ -297,7 +268,6 @@ def read_metamath(path, tokenizer, eos_id, count=METAMATH_ROWS, longest=METAMATH
         raise ValueError(f"{path}: no row of at most {longest} tokens whose type has GSM in it and "
                          "whose response has a #### line")
     return examples[:count]
-
 
 def json_array(path, chunk=2**20, largest=2**24):
     """The values of a JSON array, one after the other: the file never is in memory as a whole."""
@@ -334,13 +304,11 @@ TASKS = {"demo": {"lr": 6e-3, "rho": [0.05, 0.05], "epochs": 5, "batch_size": 8,
                   "seeds": [0, 1, 2], "model": DEMO, "data": DEMO, "jobs": JOBS,
                   "max_new_tokens": 110, "eval_batch_size": 250},
          "gsm8k": REAL, "metamath": REAL}
-INF = float("inf")
 OPTIONS = [
-    ("task", "max-length", int, 1, INF, 1024, "tokens a row; longer ones are left out"),
-    ("task", "eval-limit", int, 1, INF, None, "test problems (default: all)"),
-    ("task", "eval-batch-size", int, 1, INF, 16, "prompts at a time"),
-    ("task", "max-new-tokens", int, 1, INF, 512, "generated for a prompt")]
-
+    ("task", "max-length", int, 1024, "tokens a row; longer ones are left out"),
+    ("task", "eval-limit", int, None, "test problems (default: all)"),
+    ("task", "eval-batch-size", int, 16, "prompts at a time"),
+    ("task", "max-new-tokens", int, 512, "generated for a prompt")]
 
 def main(argv=None):
     args, fail = parse_arguments(argv, __doc__, TASKS, OPTIONS)
@@ -353,7 +321,6 @@ def main(argv=None):
         print(f"\n{run['method']}, seed {run['seed']}; expected {row['gold']}\n{row['prompt']}"
               f"{row['generated']}")
     return report
-
 
 if __name__ == "__main__":
     main()

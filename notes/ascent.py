@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import sharpness
 from measures import cosine, effective_rank, gradient, inner
-from train_glue import METHODS, mean_stderr, read_json, write_text
+from model import read_json, write_text
+from train_glue import METHODS, mean_stderr
 
 BASE = next(iter(METHODS))  # the method that the others are compared with
 

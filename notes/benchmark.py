@@ -26,8 +26,8 @@ import torch
 import methods
 import train_glue
 from bilora import bilora_optimizers
-from model import Config, Transformer
-from train_glue import METHODS, TASKS, forward_backward, peak_memory, prepare, write_text
+from model import Config, Transformer, write_text
+from train_glue import METHODS, TASKS, forward_backward, peak_memory, prepare
 
 MINILM = Config(vocab_size=30522, d_model=384, d_ff=1536, heads=12, encoder_layers=6,
                 token_types=2, norm_first=False, embedding_norm=True, pooler=True, eps=1e-12,

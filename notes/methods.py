@@ -32,13 +32,14 @@ import train_glue  # noqa: E402
 import train_gsm8k  # noqa: E402
 from bilora import (_one_pass, _parameters, _perturbed_layers, _require_radius,  # noqa: E402
                     bilora_step, lora_sam_step, lora_step, perturbation_norm)  # noqa: F401
-from train_glue import INF, METHODS, OPTIONS, Method, Parser, trained_tensors  # noqa: E402
+from train_glue import (METHODS, OPTIONS, SHARE, Method, Parser, number,  # noqa: E402
+                        trained_tensors)
 
 SCRIPTS = {"train_glue.py": train_glue, "train_gsm8k.py": train_gsm8k}
 OPTIONS += [
-    ("method", "momentum", float, 0, 1, 0.5, "of bi-lora-power: share of the old perturbation"),
-    ("run", "snapshots", int, 0, INF, 0, "moments, evenly from before the first step to after the "
-     "last, at which all that is trained is saved in the run folder's snapshots")]
+    ("method", "momentum", SHARE, 0.5, "of bi-lora-power: share of the old perturbation"),
+    ("run", "snapshots", {"type": partial(number, int, 0)}, 0, "moments, evenly from before the "
+     "first step to after the last, at which all that is trained is saved in the run folder")]
 
 
 # ----------------------------------------------------------------------------------- the power rule
@@ -171,8 +172,7 @@ add({**METHODS, "bi-lora-power": Method(bi_lora_power, auxiliary=True)})
 def parse(script, argv):
     """(arguments, fail) of a script, as its main reads them."""
     if script is train_glue:
-        settings = {name: task.settings for name, task in script.TASKS.items()}
-        return script.parse_arguments(argv, script.__doc__, settings, script.GLUE_OPTIONS)
+        return script.parse_arguments(argv, script.__doc__, script.SETTINGS, script.GLUE_OPTIONS)
     return script.parse_arguments(argv, script.__doc__, script.TASKS, script.OPTIONS)
 
 

@@ -43,10 +43,10 @@ from bilora import load_adapter, lora_layers, primary_parameters
 from measures import (best_rank_energy, contour, cosine, effective_rank, filter_normalised,
                       gradient, landscape, lora_sam_terms, loss_of, low_rank_cosine, moved, norm,
                       reachable_energy, scaled, top_eigenvalue, worst_case)
-from model import read_safetensors
+from model import read_json, read_safetensors, write_text
 from pictures import DRAWINGS, LAGS
 from tables import SPACES, tables
-from train_glue import METHODS, number, plan_batches, read_json, trained_tensors, write_text
+from train_glue import METHODS, number, plan_batches, trained_tensors
 
 SETTINGS = {  # what the result of each part depends on, beside the run
     "a": ("rows", "seed", "directions", "points", "span"),
@@ -626,7 +626,7 @@ def parse_arguments(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: %(default)s")
     for name, kind, least, default, text in NUMBERS:
-        parser.add_argument("--" + name, type=partial(number, kind, least, train_glue.INF),
+        parser.add_argument("--" + name, type=partial(number, kind, least),
                             nargs="+" if isinstance(default, list) else None, default=default,
                             help=f"{text} (default: %(default)s)")
     options = parser.parse_args(argv)

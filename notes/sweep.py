@@ -29,9 +29,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import methods
-from train_glue import Parser, begin, mean_stderr, run_all, write_text
+from model import write_text
+from train_glue import Parser, begin, mean_stderr, run_all
 
-SHARED = ("task", "data", "model", "revision", "prompts", "limit", "label-noise", "max-length",
+SHARED = ("task", "data", "model", "revision", "limit", "label-noise", "max-length",
           "max-new-tokens", "eval-limit", "bf16", "device", "method", "seeds", "jobs", "snapshots",
           "out", "resume", "overwrite")
 

@@ -18,7 +18,8 @@ import shlex
 import numpy as np
 
 import methods  # noqa: F401  all methods of the table, and the path to train_glue
-from train_glue import METHODS, mean_stderr, write_text
+from model import write_text
+from train_glue import METHODS, mean_stderr
 
 SPACES = ("LoRA", "full")
 NOTES = os.path.dirname(os.path.abspath(__file__))

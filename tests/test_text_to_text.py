@@ -8,7 +8,6 @@ import math
 import os
 import random
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,21 +17,18 @@ import train_glue
 from bilora import add_lora, load_adapter
 from model import Transformer, load_tokenizer, read_safetensors
 from test_train_glue import MRPC, PAPERS, arguments, data_of, error_of, losses
-from train_glue import PROMPTS, TASKS, answer_losses, encode, forward_backward, main, predict
+from train_glue import TASKS, answer_losses, encode, forward_backward, main, predict
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 ANSWERS = [[8, 9, 10, 12], [8, 9, 11, 12], [8]]  # the first tokens do not tell them apart
 
-
 def golden(family):
     return Transformer.from_pretrained(os.path.join(GOLDEN, family), dtype=torch.float64)
-
 
 def prompts(count=7):
     rng = random.Random(0)
     return [([rng.randrange(7, 40) for _ in range(rng.randint(2, 9))], None, i % 3)
             for i in range(count)]
-
 
 def log_likelihood(model, prompt, answer):
     """log p(answer | prompt), a token after the other."""
@@ -45,7 +41,6 @@ def log_likelihood(model, prompt, answer):
             logits = model(torch.tensor([prompt]), decoder_input_ids=read)
         total = total + torch.log_softmax(logits[0, -1], -1)[token]
     return total
-
 
 @pytest.mark.parametrize("family", ["t5", "flan-t5", "llama2", "llama3", "qwen2"])
 @torch.no_grad()
@@ -61,7 +56,6 @@ def test_the_class_with_the_likeliest_whole_answer_is_predicted(family):
     assert predict(arguments(), model, data, rows) == expected.argmax(1).tolist()
     assert (expected[:, 0] - expected[:, 1]).abs().min() > 1e-3  # the later tokens matter
 
-
 @pytest.mark.parametrize("family", ["t5", "llama3"])
 def test_micro_batches_add_up_to_the_mean_over_all_answers_tokens(family):
     model, rows = golden(family), prompts()
@@ -72,7 +66,6 @@ def test_micro_batches_add_up_to_the_mean_over_all_answers_tokens(family):
     assert total.item() == pytest.approx(loss.item(), rel=1e-5)
     for a, b in zip(found, torch.autograd.grad(loss, list(model.parameters()))):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-
 
 def test_logits_are_computed_at_the_answers_tokens_alone(monkeypatch):
     seen, logits = [], Transformer.logits
@@ -89,30 +82,20 @@ def test_logits_are_computed_at_the_answers_tokens_alone(monkeypatch):
 # ---------------------------------------------------------------------------- prompts and answers
 
 SAME = "classify the semantic similarity of the text: {}\n{}\nresult: "
-BY_HAND = {  # task: LoRA-GA's prompt and answers, those that T5 was pretrained with
-    "mrpc": (SAME, "different equivalent",
-             "mrpc sentence1: {} sentence2: {}", "not_equivalent equivalent"),
-    "cola": ("classify the grammaticality of the text: {}\nresult: ", "unacceptable acceptable",
-             "cola sentence: {}", "unacceptable acceptable"),
-    "sst2": ("classify the sentiment of the text: {}\nresult: ", "negative positive",
-             "sst2 sentence: {}", "negative positive"),
-    "rte": (SAME, "entailment not_entailment",
-            "rte sentence1: {} sentence2: {}", "entailment not_entailment"),
+BY_HAND = {  # LoRA-GA's prompts and answers
+    "mrpc": (SAME, "different equivalent"),
+    "cola": ("classify the grammaticality of the text: {}\nresult: ", "unacceptable acceptable"),
+    "sst2": ("classify the sentiment of the text: {}\nresult: ", "negative positive"),
+    "rte": (SAME, "entailment not_entailment"),
     "qnli": ("classify the semantic similarity of the question and the sentence: {}\n{}\nresult: ",
-             "entailment not_entailment",
-             "qnli question: {} sentence: {}", "entailment not_entailment"),
-    "qqp": (SAME, "different duplicate",
-            "qqp question1: {} question2: {}", "not_duplicate duplicate"),
-    "mnli": (SAME, "entailment neutral contradiction",
-             "mnli hypothesis: {1} premise: {0}", "entailment neutral contradiction")}
-
+             "entailment not_entailment"),
+    "mnli": (SAME, "entailment neutral contradiction")}
 
 def test_prompts_by_hand():
-    assert PROMPTS == BY_HAND and BY_HAND.keys() == TASKS.keys() - {"demo", "stsb"}
-    for task, (_, words, _, t5_words) in PROMPTS.items():
-        assert len(words.split()) == len(t5_words.split()) == len(TASKS[task].labels)
-    assert PROMPTS["mnli"][2].format("a {b}", "c") == "mnli hypothesis: c premise: a {b}"
-
+    assert BY_HAND == {name: (task.prompt, task.answers) for name, task in TASKS.items()
+                       if name != "demo"}
+    for name, (_, answers) in BY_HAND.items():
+        assert len(answers.split()) == len(TASKS[name].labels)
 
 def tokenizer(end=None):
     words = ["[PAD]", "</s>", "[UNK]", "not", "_", "equivalent", "different", "mrpc", "sentence1",
@@ -125,7 +108,6 @@ def tokenizer(end=None):
             single="$A </s>", special_tokens=[("</s>", 1)])
     return made
 
-
 def test_answers_are_whole_words_and_end():
     words = ["not_equivalent", "equivalent"]
     assert train_glue.encode_answers(tokenizer(end=True), words, 1) == [[3, 4, 5, 1], [5, 1]]
@@ -133,10 +115,9 @@ def test_answers_are_whole_words_and_end():
     with pytest.raises(ValueError, match="the tokenizer gives two of yes, no the same tokens"):
         train_glue.encode_answers(tokenizer(), ["yes", "no"], 1)
 
-
 def test_a_long_prompt_keeps_its_end():
     """The question stands there; and the special token stays."""
-    rows, prompt = [(("a b c d e f g h", "h g"), 1), (("a", "b"), 0)], BY_HAND["mrpc"][2]
+    rows, prompt = [(("a b c d e f g h", "h g"), 1), (("a", "b"), 0)], "mrpc sentence1: {} sentence2: {}"
     (long, _, label), (short, *_) = encode(tokenizer(end=True), rows, prompt, 12)
     assert long == [12, 13, 14, 15, 16, 17, 18, 9, 10, 18, 17, 1] and label == 1  # of 16 tokens
     assert short == [7, 8, 10, 11, 9, 10, 12, 1]
@@ -145,7 +126,6 @@ def test_a_long_prompt_keeps_its_end():
 
 
 # ------------------------------------------------------------------------------------------ runs
-
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
@@ -165,10 +145,8 @@ def folders(tmp_path, monkeypatch):
         (tmp_path / "data" / f"{name}.tsv").write_text(MRPC + "".join(rows))
     return tmp_path
 
-
 RUN = ["--task", "mrpc", "--data", "data", "--rank", "2", "--aux-rank", "3", "--batch-size", "8",
        "--epochs", "2", "--max-length", "40", "--seeds", "0", "--device", "cpu"]
-
 
 @pytest.mark.parametrize("family, adapted", [
     ("t5", 2 * 2 * (12 * 14 + 4 * 20)), ("llama3", 2 * 2 * (2 * 32 + 2 * 20 + 3 * 20))])
@@ -191,34 +169,26 @@ def test_runs_of_all_methods(folders, family, adapted):
     assert logs["lora"][0] == logs["lora-sam"][0] == logs["bi-lora"][0]
     assert logs["lora"] != logs["bi-lora"]
 
-
 def test_it_learns(folders):
     shutil.copy("data/train.tsv", "data/dev.tsv")
-    run = [*RUN, "--model", "t5", "--method", "lora", "--rank", "4", "--prompts", "t5"]
+    run = [*RUN, "--model", "t5", "--method", "lora", "--rank", "4"]
     (result,) = main([*run, "--epochs", "60", "--lr", "0.01"])["results"]
     assert result["metrics"]["accuracy"] == 1.0
 
-
 def loaded(argv):
-    settings = {name: task.settings for name, task in TASKS.items()}
-    args, _ = train_glue.parse_arguments(argv, "", settings, train_glue.GLUE_OPTIONS)
-    return train_glue.load(args)
-
+    settings, options = train_glue.SETTINGS, train_glue.GLUE_OPTIONS
+    return train_glue.load(train_glue.parse_arguments(argv, "", settings, options)[0])
 
 @pytest.mark.parametrize("family", ["t5", "flan-t5", "llama3"])
-@pytest.mark.parametrize("given, first", [
-    ([], 0), (["--prompts", "generic"], 0), (["--prompts", "t5"], 2)])
-def test_the_followed_codes_prompts_are_the_default_for_every_family(folders, family, given, first):
-    data, made = loaded([*RUN, "--model", family, *given]), load_tokenizer(folders / family)
+def test_every_family_reads_the_prompt_and_answers_in_words(folders, family):
+    data, made = loaded([*RUN, "--model", family]), load_tokenizer(folders / family)
     with open("data/train.tsv") as file:
         label, _, _, *sentences = file.readlines()[1].rstrip("\n").split("\t")
-    prompt, words = BY_HAND["mrpc"][first:first + 2]
     ids, _, found = data.rows[0]
-    assert (ids, found) == (made.encode(prompt.format(*sentences)).ids, int(label))
+    assert (ids, found) == (made.encode(SAME.format(*sentences)).ids, int(label))
     end = 5 if family == "llama3" else 1
-    words = [made.encode(word, add_special_tokens=False).ids for word in words.split()]
+    words = [made.encode(word, add_special_tokens=False).ids for word in ("different", "equivalent")]
     assert data.answers == [ids + [end] for ids in words]
-
 
 def test_the_longest_rows_there_is_room_for(folders, capsys):
     """64 positions: 63 for the prompt and one for an answer of two tokens, whose last is not
@@ -226,11 +196,10 @@ def test_the_longest_rows_there_is_room_for(folders, capsys):
     run = [*RUN, "--model", "llama3", "--max-length"]
     assert max(map(len, loaded([*run, "63"]).answers)) == 2
     error = error_of(capsys, [*run, "64"])
-    assert "--max-length is 64, the longest answer 1 more; the model has 64 positions" in error
+    assert "--max-length and an answer: 65 tokens; the model has 64 positions" in error
 
-
-def test_a_regression_needs_an_encoder(folders, capsys):
-    for name in ("train", "dev"):
-        (folders / "data" / f"{name}.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t2.5\n")
-    error = error_of(capsys, [*RUN, "--model", "llama3", "--task", "stsb"])
-    assert "stsb has no prompt; expected an encoder" in error
+def test_a_task_without_a_prompt_needs_an_encoder(folders, capsys):
+    (folders / "data" / "train.tsv").write_text("a\t1\t\ta b\n")
+    (folders / "data" / "dev.tsv").write_text("a\t1\t\ta b\n")
+    error = error_of(capsys, [*RUN, "--model", "llama3", "--task", "demo"])
+    assert "demo has no prompt; expected an encoder" in error

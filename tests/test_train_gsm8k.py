@@ -371,7 +371,7 @@ def test_interrupted_and_resumed_equals_straight(folders, monkeypatch, method):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_gsm8k, "forward_backward", interrupted)
         main([*run, "--out", "out"])
-    main([*run, "--resume", "out"])
+    main([*run, "--out", "out", "--resume"])
     main([*run, "--out", "straight"])
     resumed, straight = (folders / out / f"{method}-seed0" for out in ("out", "straight"))
     assert outcome(resumed) == outcome(straight)
