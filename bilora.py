@@ -37,6 +37,11 @@ def _require(condition, message):
     if not condition:
         raise ValueError(message)
 
+def _wide(tensor):
+    """In float32 at least, and dense: there norms, factors and sums of half precision are made."""
+    dense = tensor.to_dense() if tensor.is_sparse else tensor
+    return dense.to(torch.promote_types(dense.dtype, torch.float32))
+
 
 # ------------------------------------------------------------------------------ the adapted layer
 
@@ -47,6 +52,7 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank, alpha, aux_rank=0):
         super().__init__()
         _require(isinstance(linear, nn.Linear), f"linear is {linear}; expected an nn.Linear")
+        _require_plain("linear", linear)
         _require_ranks("linear", linear, rank, aux_rank)
         self.out_features, self.in_features = linear.weight.shape
         self.weight, self.bias = linear.weight, linear.bias
@@ -59,10 +65,12 @@ class LoRALinear(nn.Module):
     def _new_pair(self, rank):
         if rank == 0:
             return None, None
-        m, n = self.weight.shape
-        A, B = torch.empty(rank, n, dtype=torch.float32), torch.zeros(m, rank, dtype=torch.float32)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # on the CPU: a seed gives one A on any device
-        return nn.Parameter(A.to(self.weight.device)), nn.Parameter(B.to(self.weight.device))
+        (m, n), device = self.weight.shape, self.weight.device
+        with torch.inference_mode(False):  # what is made in that mode can never be trained
+            A = torch.empty(rank, n, dtype=torch.float32, device="cpu")
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # a seed gives one A on any device
+            B = torch.zeros(m, rank, dtype=torch.float32, device=device)
+            return nn.Parameter(A.to(device)), nn.Parameter(B)
 
     def forward(self, x):
         A, B = self.lora_A, self.lora_B
@@ -105,7 +113,8 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
                if name and isinstance(module, nn.Linear)}
     chosen = {name: linears[name] for name in _targeted(list(linears), targets)}
     for name, linear in chosen.items():
-        _require_adaptable(model, name, linear)
+        _require_plain(name, linear)
+        _require_read_by_itself(model, name, linear)
         _require_ranks(name, linear, rank, aux_rank)
     adapted = {linear: LoRALinear(linear, rank, alpha) for linear in chosen.values()}
     for layer in adapted.values():
@@ -119,17 +128,33 @@ def _targeted(names, targets):
     """Those of the names that `targets` asks for, in their order."""
     if targets is None:
         targets = r"^(?!(.*\.)?(lm_head|classifier|score|head)(\.|$))"  # in no head
-    if isinstance(targets, str):
-        patterns = {targets: targets}
-    else:
-        patterns = {ending: rf"(^|\.){re.escape(ending)}$" for ending in targets}
+    try:
+        if isinstance(targets, str):
+            patterns = {targets: re.compile(targets)}
+        else:
+            patterns = {end: re.compile(rf"(^|\.){re.escape(end)}$") for end in targets}
+    except (re.error, TypeError):
+        patterns = {}
     _require(patterns, f"targets is {targets!r}; expected a regular expression or name endings")
     for target, pattern in patterns.items():
         _require(any(re.search(pattern, name) for name in names),
                  f"targets: {target!r} matches no nn.Linear of {', '.join(names)}")
     return [name for name in names if any(re.search(p, name) for p in patterns.values())]
 
-def _require_adaptable(model, name, linear):
+def _require_plain(name, linear):
+    """ValueError where the module is more than the weight and the bias that an adapter takes, or
+    the weight has no values that gradients can pass."""
+    lost = {*linear._parameters, *linear._buffers, *linear._modules} ^ {"weight", "bias"}
+    lost |= {key for key, value in vars(linear).items() if key.endswith("_hooks") and value}
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        lost.add(f"the forward of {type(linear).__name__}")
+    _require(not lost, f"{name} cannot be adapted: an adapter would lose {', '.join(sorted(lost))}")
+    W = linear.weight
+    whole = type(W) is nn.Parameter and W.is_floating_point() and not W.is_meta
+    _require(whole and not W.is_inference(), f"{name} cannot be adapted: its weight is a "
+             f"{type(W).__name__} of {W.dtype} on {W.device}, or made in inference mode")
+
+def _require_read_by_itself(model, name, linear):
     """ValueError where another module reads the weight without calling the nn.Linear."""
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     for module in model.modules():
@@ -144,11 +169,14 @@ def lora_layers(model):
 
 def primary_parameters(model):
     """List of B1 and A1 of every adapted layer: they descend, and are kept."""
-    return [p for layer in lora_layers(model) for p in (layer.lora_B, layer.lora_A)]
+    return _primary(lora_layers(model))
 
 def auxiliary_parameters(model):
     """List of B2 and A2 of every adapted layer that has them: they ascend, and are thrown away."""
     return _auxiliary(_perturbed_layers(lora_layers(model)))
+
+def _primary(layers):
+    return [p for layer in layers for p in (layer.lora_B, layer.lora_A)]
 
 def _auxiliary(layers):
     return [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
@@ -172,21 +200,21 @@ def perturbation_norm(layers):
     device, squares = layers[0].aux_A.device, []
     with torch.autocast(device.type, enabled=False):
         for layer in layers:
-            wide = torch.promote_types(layer.aux_A.dtype, torch.float32)
-            B, A = layer.aux_B.to(wide), layer.aux_A.to(wide)
+            B, A = _wide(layer.aux_B), _wide(layer.aux_A)
             squares.append(((B.t() @ B) * (A @ A.t())).sum().to(device))
     return torch.stack(squares).sum().clamp(min=0).sqrt()
 
 @torch.no_grad()
 def clip_perturbation_(layers, rho):
     """Eq. (10): only if c > rho, multiply every B2 and A2 by sqrt(rho / c), so that c becomes rho.
-    In place, with no value read on the host.  Returns c as it was before, 0-dim."""
+    In place, with no value read on the host.  Returns c as it was before, 0-dim.  An infinite c
+    leaves the pairs as they are: the next loss tells."""
     _require_radius(rho)
     layers = _perturbed_layers(layers)
     c = perturbation_norm(layers)
-    factor = torch.where(c > rho, torch.sqrt(rho / c), 1.0)
+    factor = torch.where((c > rho) & c.isfinite(), torch.sqrt(rho / c), 1.0)
     for p in _auxiliary(layers):
-        p.mul_(factor.to(p.device))
+        p.copy_(_wide(p).mul_(factor.to(p.device)))  # _wide(p) is p itself in float32
     return c
 
 def _require_radius(rho):
@@ -212,7 +240,8 @@ def lora_sam_step(optimizer, closure, rho, params=None):
     With all weights of a model it is plain SAM, Eq. (A1-A3).  The weights come back bit for bit."""
     _require_radius(rho)
     params = list(dict.fromkeys(_parameters(optimizer) if params is None else params))
-    _require(params, "params is empty; expected the parameters to perturb")
+    _require(params and all(isinstance(p, torch.Tensor) for p in params),
+             f"params is {str(params)[:60]!r}; expected the parameters to perturb")
     with torch.random.fork_rng({p.device for p in params if p.is_cuda}):
         loss = _one_pass("LoRA-SAM, pass 1", closure, optimizer, params)    # g = dL/dw at w
     with _perturbed(params, rho):                                           # (4) w + rho g / F
@@ -229,28 +258,33 @@ def bilora_step(descent, ascent, closure, layers, rho, clip=clip_perturbation_):
     _require_radius(rho)
     layers = _perturbed_layers(layers)
     _require_game(descent, ascent, layers)
-    loss = _one_pass("Bi-LoRA", closure, descent, _parameters(ascent))  # G at W + s B2 A2, (A4)
-    descent.step()                                                      # (9) B1 and A1
-    ascent.step()                                                       # (9) B2 and A2
-    clip(layers, rho)                                                   # (10)
+    pairs = _primary(layers), _auxiliary(layers)
+    loss = _one_pass("Bi-LoRA", closure, descent, *pairs)           # G at W + s B2 A2, (A4)
+    descent.step()                                                  # (9) B1 and A1
+    ascent.step()                                                   # (9) B2 and A2
+    clip(layers, rho)                                               # (10)
     return loss
 
-def _one_pass(method, closure, optimizer, params=()):
-    """Run the closure on fresh gradients, check what it leaves, and return the loss."""
-    optimized = _parameters(optimizer)
-    for p in [*optimized, *params]:
+def _one_pass(method, closure, optimizer, *others):
+    """Run the closure on fresh gradients, check what it leaves, and return the loss.  Each group of
+    parameters, the optimizer's and the others, has to get a gradient."""
+    _require(not isinstance(optimizer, torch.optim.LBFGS), f"{method}: LBFGS calls closure() by "
+             "itself, several times a step; expected an optimizer that steps along a gradient")
+    groups = [_parameters(optimizer), *others]
+    params = list(dict.fromkeys(p for group in groups for p in group))
+    for p in params:
         p.grad = None
     torch.clear_autocast_cache()  # a surrounding autocast region keeps copies of old weights
     loss = closure()
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ValueError(f"closure() returned {loss!r}; expected the loss, a tensor of one number")
-    for group in (optimized, params):
+    for group in groups:
         if group and all(p.grad is None for p in group):
             frozen = sum(not p.requires_grad for p in group)
             raise ValueError(f"{method}: closure() left none of {len(group)} parameters ({frozen} "
-                             "of them frozen) a gradient; expected it to call backward(), and an "
-                             "optimizer made after add_lora")
-    norm = _gradient_norm([*optimized, *params])
+                             "of them frozen) a gradient; expected it to call backward(), an "
+                             "optimizer made after add_lora, and no reentrant checkpointing")
+    norm = _gradient_norm(params)
     if not torch.isfinite(loss.detach().to(norm.device) + norm):    # the one wait for the device
         raise FloatingPointError(f"{method}, {_step_number(optimizer)}: the loss is {loss.item()}, "
                                  f"the gradient's norm {norm.item()}; the optimizer has not moved")
@@ -261,9 +295,7 @@ def _parameters(optimizer):
 
 def _gradient_norm(params):
     """Global norm of the gradients there are, 0-dim, in float32 at least."""
-    grads = [p.grad for p in params if p.grad is not None]
-    wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
-    return nn.utils.get_total_norm(wide)
+    return nn.utils.get_total_norm([_wide(p.grad) for p in params if p.grad is not None])
 
 def _step_number(optimizer):
     counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
@@ -280,7 +312,7 @@ def _perturbed(params, rho):
     try:
         with torch.no_grad():
             for p in backup:
-                p.addcmul_(p.grad, factor.to(p.device))
+                p.copy_(_wide(p).addcmul_(_wide(p.grad), factor.to(p.device)))
         yield
     finally:
         with torch.no_grad():
@@ -293,16 +325,18 @@ def _require_game(descent, ascent, layers):
     _require(layers, "no layer has an auxiliary pair; add_lora gives them one with aux_rank")
     _require(all(x.training for x in layers), "layers not in training mode: call model.train()")
     _require(ascent is not None, "ascent is None; expected the optimizer of the auxiliary pairs")
-    _require("maximize" in ascent.defaults,
-             f"ascent: {type(ascent).__name__} does not know the option maximize")
-    _require(all(group["maximize"] for group in ascent.param_groups),
-             "ascent: expected maximize=True in every group")
+    up = "maximize" in ascent.defaults and all(group["maximize"] for group in ascent.param_groups)
+    _require(up, "ascent: expected maximize=True in every group of an optimizer that knows the "
+             f"option, not this {type(ascent).__name__}")
     _require(not any(group.get("maximize") for group in descent.param_groups),
              "descent: expected no group with maximize=True")
     pairs, up, down = set(_auxiliary(layers)), set(_parameters(ascent)), set(_parameters(descent))
     _require(up == pairs and not down & pairs,
              f"ascent holds {len(up & pairs)} of the layers' {len(pairs)} auxiliary parameters and "
              f"{len(up - pairs)} others, descent {len(down & pairs)}; expected all, 0 and 0")
+    missing = sum(p.requires_grad and p not in down for p in _primary(layers))
+    _require(not missing, f"descent lacks {missing} of the layers' primary parameters; expected an "
+             "optimizer made after add_lora")
 
 def bilora_optimizers(model, lr, aux_lr=None, ascent="sgd", weight_decay=0.0):
     """(descent, ascent): AdamW with rate eta1 = lr over all that is trainable but the auxiliary
@@ -334,13 +368,16 @@ def merge_lora_(model):
     return model
 
 def _merged(layer):
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
-    W = layer.weight.to(wide) + layer._product(layer.lora_B.to(wide), layer.lora_A.to(wide))
+    W = _wide(layer.weight)
+    W = W + layer._product(layer.lora_B.to(W.dtype), layer.lora_A.to(W.dtype))
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
     linear.bias = layer.bias
     return linear.train(layer.training)
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel,
+            torch.optim.swa_utils.AveragedModel)
+WRAPPED = re.compile(r"(^|\.)_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\b")
 CONFIG, FINGERPRINT = "adapter_config.json", "base_fingerprint.txt"
 BIN, SAFETENSORS = "adapter_model.bin", "adapter_model.safetensors"
 HARMLESS = {  # settings of PEFT's that leave W = W0 + s B1 A1 as it is
@@ -352,12 +389,13 @@ def save_adapter(model, folder, rename=None, write=None):
     """Write every trained tensor but the auxiliary pairs to `folder`, in PEFT's layout.
     write: function of (path, {name: tensor}) that writes adapter_model.safetensors; without it
     torch.save writes adapter_model.bin.  rename: dict or function from this model's module names
-    to another tree's.  An older adapter stays until every new file is written."""
+    to another tree's.  An older adapter stays until every new file is written.  ValueError for
+    what PEFT would read otherwise.  Sharded parameters are gathered: call it on every rank."""
     slots, settings, fingerprint = _adapter(model, rename)
     name, other = (BIN, SAFETENSORS) if write is None else (SAFETENSORS, BIN)
     _require(not Path(folder, other).exists(), f"{folder}: {name} cannot stand beside {other}")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {key: p.detach().cpu().contiguous() for key, p in slots.items()}
+    tensors = {key: _whole(p).contiguous() for key, p in slots.items()}
     with tempfile.TemporaryDirectory(dir=folder) as new:
         if write is None:
             torch.save(tensors, Path(new, name))
@@ -382,30 +420,51 @@ def load_adapter(model, folder, rename=None, read=None):
     if base.exists():
         _require_equal(base, {"the base": base.read_text()}, {"the base": fingerprint})
     for key, p in slots.items():
+        _require(not hasattr(p, "full_tensor"), f"{key} is sharded; load before fully_shard")
         p.copy_(tensors[key])
 
 def _adapter(model, rename):
     """({name in the file: parameter}, what adapter_config.json says, the base's fingerprint)."""
-    slots, layers, modules = {}, {}, set()
+    slots, layers, heads, others = {}, {}, [], []
+    while isinstance(model, WRAPPERS):
+        model = model.module
     for name, module in model.named_modules():
+        name = WRAPPED.sub("", name).lstrip(".")
         if rename is not None:
             name = rename(name) if callable(rename) else rename.get(name, name)
         kept = {last: p for last, p in module.named_parameters(recurse=False) if p.requires_grad}
         if isinstance(module, LoRALinear):
             kept = {"lora_A.weight": module.lora_A, "lora_B.weight": module.lora_B}
             layers[name] = module
+        elif name:
+            (heads if kept else others).append(name)
         for last, p in kept.items():
             key = ".".join(filter(None, ("base_model.model", name, last)))
             _require(key not in slots, f"rename gives two modules one name, {name}")
             slots[key] = p
-            modules.add(name)
     _require(layers, "the model has no LoRA adapters; add_lora puts them in")
-    first = next(iter(layers.values()))
-    heads = sorted(modules - layers.keys() - {""})
-    settings = {"peft_type": "LORA", "r": first.rank, "lora_alpha": first.alpha, "bias": "none",
-                "target_modules": sorted(layers), "modules_to_save": heads or None,
-                "lora_dropout": 0.0, "inference_mode": True}
-    return slots, settings, _fingerprint(layers)
+    _require(len(set(slots.values())) == len(slots), "a trained tensor is part of two modules (a "
+             "tied head?); PEFT would load it as two")
+    return slots, _settings(layers, sorted(heads), others), _fingerprint(layers)
+
+def _settings(layers, heads, others):
+    """adapter_config.json.  ValueError where PEFT would take another module, or scale, than ours."""
+    sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
+    _require(len(sizes) == 1, f"layers with several (rank, alpha): {sizes}; a file has one")
+    (rank, alpha), targets = *sizes, sorted(layers)
+    for name in [*layers, *others]:
+        for head in heads:  # PEFT takes what ends in its name, and adapts no layer inside it
+            taken = name.endswith(head) or name in layers and f".{head}." in f".{name}"
+            _require(not taken, f"{name}: PEFT would take it for a part of the head {head}")
+    if any(name.endswith(tuple("." + layer for layer in layers)) for name in others):
+        targets = "|".join(map(re.escape, targets))  # PEFT matches a string as a whole
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none",
+            "target_modules": targets, "modules_to_save": heads or None, "lora_dropout": 0.0,
+            "inference_mode": True}
+
+def _whole(tensor):
+    """On the CPU; a sharded one, a DTensor, gathered from all ranks."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
 
 def _fingerprint(layers):
     """Hash of names, W0 and biases, rounded to bfloat16: it is that of the base in any dtype."""
@@ -413,7 +472,7 @@ def _fingerprint(layers):
     for name, layer in sorted(layers.items()):
         digest.update(name.encode())
         for tensor in filter(torch.is_tensor, (layer.weight, layer.bias)):
-            bits = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+            bits = _whole(tensor.to(torch.bfloat16)).contiguous().view(torch.uint8)
             digest.update(bits.numpy())
     return digest.hexdigest()
 
@@ -424,7 +483,8 @@ def _require_settings(path, ours):
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON object: {error}") from None
     initial = saved.pop("init_lora_weights", None)  # some move a part of W0 into the adapter
-    _require(initial in (None, True, False, "gaussian"), f"{path}: init_lora_weights is {initial}")
+    _require(initial in (None, True, False, "gaussian", "orthogonal", "eva"),
+             f"{path}: init_lora_weights is {initial}")
     saved = {key: value for key, value in saved.items() if value and key not in HARMLESS}
     _require_equal(path, saved, {k: v for k, v in ours.items() if k not in HARMLESS})
 

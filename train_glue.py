@@ -573,11 +573,15 @@ def compare(args, fail, load, train):
     return report
 
 def require_ranks_that_fit(args, source):
-    """add_lora's ValueError, on a model without values."""
-    auxiliary = any(METHODS[method].auxiliary for method in args.method)
+    """add_lora's ValueError, before anything is written."""
     with torch.device("meta"):
         model = Transformer(read_config(source)[0])
-    add_lora(model, args.rank, args.alpha, args.aux_rank if auxiliary else 0)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    most = min(min(linear.weight.shape) for linear in linears)
+    auxiliary = any(METHODS[method].auxiliary for method in args.method)
+    for name, rank in (("rank", args.rank), ("aux_rank", args.aux_rank if auxiliary else 0)):
+        if rank > most:
+            raise ValueError(f"{name} is {rank}; the model's layers take at most {most}")
 
 def begin(args, files, folders):
     """{key: result} of the runs that are finished; makes the folders of the others.
