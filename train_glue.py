@@ -64,6 +64,7 @@ def bi_lora(run, closure):
 class Method(NamedTuple):
     step: Callable
     auxiliary: bool = False  # with an auxiliary pair; its radius is then the last one of --rho
+    rho: float = None  # its own radius, where --rho is not given
 
 METHODS = {"lora": Method(lora), "lora-sam": Method(lora_sam), "bi-lora": Method(bi_lora, True)}
 
@@ -101,7 +102,7 @@ def forward_backward(args, model, data, batch):
         count = sum(len(data.answers[label]) for *_, label in batch)
     for start in range(0, len(batch), size):
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-            loss = loss_sum(model, data, batch[start:start + size]) / count
+            loss = row_losses(model, data, batch[start:start + size]).sum() / count
         loss.backward()
         total = total + loss.detach()
     return total
@@ -126,7 +127,7 @@ def prepare(args, method, seed, build, folder, steps):
     schedules = [cosine_schedule(optimizer, steps) for optimizer in (descent, ascent) if optimizer]
     run = SimpleNamespace(args=args, method=method, seed=seed, model=model, layers=layers,
                           descent=descent, ascent=ascent, schedules=schedules, steps=steps,
-                          rho=args.rho[-1 if auxiliary else 0], folder=folder, log=[], state={})
+                          rho=radius_of(args, method), folder=folder, log=[], state={})
     torch.manual_seed(seed)  # dropout masks: the same stream, however much the adapters drew
     if args.resume and os.path.exists(os.path.join(folder, "state.pt")):
         load_state(run)
@@ -135,6 +136,13 @@ def prepare(args, method, seed, build, folder, steps):
     else:  # on a CPU the plain attention kernel's backward is over twice as fast in bfloat16
         torch.backends.cuda.enable_flash_sdp(not args.bf16)
     return run
+
+def radius_of(args, method):
+    """The method's own radius, or one of --rho: the last one with an auxiliary pair."""
+    _, auxiliary, own = METHODS[method]
+    if own is not None and args.rho == args.defaults["rho"]:
+        return own
+    return args.rho[-1 if auxiliary else 0]
 
 def cosine_schedule(optimizer, steps, warmup=0.03):
     """Linear warm-up over a fraction of the steps, then half a cosine to 0."""
@@ -204,14 +212,14 @@ def logits_of(model, data, batch):
     ids, mask = pad_rows(ids, data.pad_id, device), pad_rows(ones, 0, device)
     return model(ids, mask, pad_rows(types, 0, device)).float()
 
-def loss_sum(model, data, batch):
-    """Summed over the batch's rows, or over their answers' tokens, 0-dim."""
+def row_losses(model, data, batch):
+    """-log p of each row's class, or of its answer, summed over the answer's tokens; (B,)."""
     device, labels = next(model.parameters()).device, [label for *_, label in batch]
     if data.answers:
         answers = [data.answers[label] for label in labels]
-        return answer_losses(model, [row[0] for row in batch], answers, data.pad_id, device).sum()
+        return answer_losses(model, [row[0] for row in batch], answers, data.pad_id, device)
     labels = torch.tensor(labels, device=device)
-    return F.cross_entropy(logits_of(model, data, batch), labels, reduction="sum")
+    return F.cross_entropy(logits_of(model, data, batch), labels, reduction="none")
 
 def answer_losses(model, prompts, answers, pad_id, device):
     """-log p(answer | prompt) of each row, (B,), summed over the answer's tokens.
@@ -710,20 +718,22 @@ def print_table(report):
 def draw_curves(results, path, majority=()):
     """Training loss and first metric over the epochs, a line a method, a band of one standard error
     over the seeds; dotted: the score of the most frequent label."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
     metric, seeds = next(iter(results[0]["metrics"])), {run["seed"] for run in results}
+    height = max(3.2, 0.25 * len({run["method"] for run in results}))
+    figure = Figure(figsize=(9, height), layout="constrained")
     for axis, key in zip(figure.subplots(1, 2), ("loss", metric)):
         for method in dict.fromkeys(run["method"] for run in results):
             runs = [run["epochs"] for run in results if run["method"] == method]
-            colour, epochs = f"C{list(METHODS).index(method)}", [row["epoch"] for row in runs[0]]
+            place, epochs = list(METHODS).index(method), [row["epoch"] for row in runs[0]]
+            colour, line = f"C{place % 10}", ("-", "--", ":")[place // 10 % 3]
             curves = np.array([[row[key] for row in run] for run in runs])
             mean, error = curves.mean(0), curves.std(0) / math.sqrt(max(1, len(curves) - 1))
-            axis.plot(epochs, mean, marker=".", label=method, color=colour)
+            axis.plot(epochs, mean, marker=".", label=method, color=colour, linestyle=line)
             axis.fill_between(epochs, mean - error, mean + error, alpha=0.2, color=colour)
         axis.set(xlabel="epoch", ylabel="training loss" if key == "loss" else key)
     if metric in majority:
         axis.axhline(majority[metric], color="grey", linestyle=":", label="majority class")
-    axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(f"{results[0]['config']['task']}; seeds: {len(seeds)}")
     figure.savefig(path + ".tmp", format="png", dpi=100)
     os.replace(path + ".tmp", path)

@@ -63,12 +63,16 @@ def forward_backward(args, model, data, batch):
     device, size, total = torch.device(args.device), args.micro_batch or len(batch), 0.0
     count = sum(len(answer) for _, answer, _ in batch)
     for start in range(0, len(batch), size):
-        prompts, answers, _ = zip(*batch[start:start + size])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss = answer_losses(model, prompts, answers, data.pad_id, device).sum() / count
+            loss = row_losses(model, data, batch[start:start + size]).sum() / count
         loss.backward()
         total = total + loss.detach()
     return total
+
+def row_losses(model, data, batch):
+    """-log p(answer | prompt) of each row, (B,), summed over the answer's tokens."""
+    prompts, answers, _ = zip(*batch)
+    return answer_losses(model, prompts, answers, data.pad_id, next(model.parameters()).device)
 
 def build_model(args, data):
     return Transformer.from_pretrained(data.source, dtype=torch.bfloat16 if args.bf16 else None)

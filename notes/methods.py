@@ -19,6 +19,7 @@ backward on the step's batch and returns the loss.  What a method keeps from ste
 the dict run.state, as numbers and tensors: it is saved and restored with the run.
 """
 
+import math
 import os
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -30,11 +31,14 @@ from torch.nn.utils import get_total_norm
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import train_glue  # noqa: E402
 import train_gsm8k  # noqa: E402
-from bilora import (_one_pass, _parameters, _perturbed_layers, _require_radius,  # noqa: E402
-                    bilora_step, lora_sam_step, lora_step, perturbation_norm)  # noqa: F401
+from bilora import (_one_pass, _parameters, _perturbed_layers, _require_radius, _wide,  # noqa: E402
+                    auxiliary_parameters, bilora_step, clip_perturbation_, lora_sam_step,
+                    lora_step, perturbation_norm, primary_parameters)
+from measures import moved  # noqa: E402
 from train_glue import (METHODS, OPTIONS, SHARE, Method, Parser, number,  # noqa: E402
                         trained_tensors)
 
+TINY = torch.finfo(torch.float32).tiny
 SCRIPTS = {"train_glue.py": train_glue, "train_gsm8k.py": train_gsm8k}
 OPTIONS += [
     ("method", "momentum", SHARE, 0.5, "of bi-lora-power: share of the old perturbation"),
@@ -44,10 +48,9 @@ OPTIONS += [
 
 # ----------------------------------------------------------------------------------- the power rule
 
-
 def bilora_power_step(descent, closure, layers, rho, momentum=0.5):
     """One step of Bi-LoRA's objective, Eq. (8), with another ascent: a step of block power
-    iteration stands in place of the paper's ascent and clip.  It is NOT the paper's rule.  One pass.
+    iteration stands in place of the paper's ascent and clip.  It is NOT the paper's rule.
 
     At a fixed G, and one s for all layers, B2 A2 converges to rho G_r / ||G_r||, G_r the best
     approximation of G of rank r2: the maximizer of <G, eps> in the ball, Eq. (A18) put right, and
@@ -69,7 +72,6 @@ def bilora_power_step(descent, closure, layers, rho, momentum=0.5):
     turn_perturbation_(layers, rho, momentum)                  # not the paper's ascent and clip
     descent.step()                                             # (9) B1 and A1
     return loss
-
 
 @torch.no_grad()
 def turn_perturbation_(layers, rho, momentum=0.5):
@@ -98,7 +100,6 @@ def turn_perturbation_(layers, rho, momentum=0.5):
         for layer in layers:
             layer.aux_B.mul_(factor.to(layer.aux_B.device))
 
-
 def _blend(old, new, momentum):
     """momentum old / ||old|| + (1 - momentum) new / ||new||, the norms over a whole list; old alone
     where new is zero."""
@@ -108,10 +109,8 @@ def _blend(old, new, momentum):
     a, b = torch.where(moved, momentum * a, a), torch.where(moved, (1 - momentum) * b, 0.0)
     return [a.to(x.device) * x + b.to(x.device) * y for x, y in zip(old, new)]
 
-
 def _gradient(p):
     return torch.zeros_like(p) if p.grad is None else p.grad
-
 
 def _require_perturbable(layers, momentum):
     if not 0 <= momentum < 1:
@@ -119,26 +118,330 @@ def _require_perturbable(layers, momentum):
     if not layers:
         raise ValueError("no layer has an auxiliary pair; add_lora gives them one with aux_rank")
     if not all(layer.training for layer in layers):
-        raise ValueError("bilora_power_step expects the layers in training mode: call model.train()")
+        raise ValueError("layers not in training mode: call model.train()")
 
 
-# --------------------------------------------------------------------------------------- methods
+# ------------------------------------------------------------------------------ what they share
 
+def step_seed(run):
+    """Of the generators: a resumed run draws the same, and no dropout mask changes."""
+    return run.seed * 1_000_003 + len(run.log)
+
+def noise(run, tensors, stds):
+    """N(0, std^2) of each tensor's shape, drawn by the seed and the step alone."""
+    drawn, seed = [], step_seed(run)
+    generators = {t.device: torch.Generator(t.device).manual_seed(seed) for t in tensors}
+    for t, std in zip(tensors, stds):
+        z = torch.randn(t.shape, generator=generators[t.device], device=t.device)
+        drawn.append((std * z).to(t.dtype))
+    return drawn
+
+def gradients(params):
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
+
+def norm_of(tensors):
+    return get_total_norm([_wide(t) for t in tensors])
+
+def still(run):
+    """No ascent: a step without gradients moves nothing, and its schedule expects the call."""
+    run.ascent.zero_grad()
+    run.ascent.step()
+
+def labels_of(data, batch):
+    """The classes, or the tokens of the answers, that a batch is scored on, in their order."""
+    if not hasattr(data, "task"):
+        return [token for _, answer, _ in batch for token in answer]          # GSM8K
+    if data.answers:
+        return [token for *_, label in batch for token in data.answers[label]]
+    return [label for *_, label in batch]
+
+def with_logits(change, closure):
+    """A closure whose loss is that of change(H, Z, y) in place of the logits Z (T, V) of the head:
+    H (T, D) are the features it reads, y (T,) the classes or tokens it is scored on."""
+    _, model, data, batch = closure.args
+    labels = torch.tensor(labels_of(data, batch))
+
+    def changed():
+        place = 0
+
+        def replace(H, Z):
+            nonlocal place
+            y = labels[place:place + len(Z)].to(Z.device)
+            place += len(Z)
+            return change(_wide(H), _wide(Z), y)
+
+        if model.classifier is None:  # a method of the model, not a module
+            whole, model.logits = model.logits, lambda h: replace(h, whole(h))
+        else:
+            head = getattr(model.classifier, "out_proj", model.classifier)
+            hook = head.register_forward_hook(lambda _, inputs, Z: replace(inputs[0], Z))
+        try:
+            return closure()
+        finally:
+            if model.classifier is None:
+                del model.logits
+            else:
+                hook.remove()
+    return changed
+
+
+# ------------------------------------------------------------- random and stale perturbations
+
+def flat_lora(run, closure):
+    """Flat-LoRA: the gradient at W + noise.  Row i of the noise has the standard deviation
+    f rho ||W_i|| / sqrt(n), W the merged weight, f = (1 - cos(pi t / T)) / 2 at step t of T."""
+    f = (1 - math.cos(math.pi * len(run.log) / run.steps)) / 2
+    weights, stds = [layer.weight for layer in run.layers], []
+    with torch.no_grad():
+        for layer in run.layers:
+            W = layer.weight + layer.delta()
+            stds.append(f * run.rho * W.norm(dim=1, keepdim=True) / math.sqrt(W.shape[1]))
+    eps = noise(run, weights, stds)
+    with moved(weights, eps):
+        loss = _one_pass("Flat-LoRA", closure, run.descent)
+    run.descent.step()
+    return {"loss": loss, "perturbation": norm_of(eps)}
+
+def rwp_full(run, closure):
+    """RWP: the gradient at W + N(0, rho^2), the noise over every entry of the adapted W."""
+    return random_perturbation(run, closure, [layer.weight for layer in run.layers])
+
+def rwp_lora(run, closure):
+    """The same over the entries of B1 and A1."""
+    return random_perturbation(run, closure, primary_parameters(run.model))
+
+def random_perturbation(run, closure, tensors):
+    eps = noise(run, tensors, [run.rho] * len(tensors))
+    with moved(tensors, eps):
+        loss = _one_pass("RWP", closure, run.descent)
+    run.descent.step()
+    return {"loss": loss, "perturbation": norm_of(eps)}
+
+def rop(run, closure):
+    """Random output perturbation: rho N(0, 1) is added to the logits, in training alone."""
+    generator = torch.Generator().manual_seed(step_seed(run))
+
+    def perturbed(H, Z, y):
+        return Z + run.rho * torch.randn(Z.shape, generator=generator).to(Z)
+    return {"loss": lora_step(run.descent, with_logits(perturbed, closure))}
+
+def s2sam(run, closure):
+    """S2SAM: the gradient at w + rho g / ||g|| with the g of the step before.  One pass."""
+    params = primary_parameters(run.model)
+    old = run.state.get("previous", [torch.zeros_like(p) for p in params])
+    size = norm_of(old)
+    factor = torch.where(size > 0, run.rho / size, 0.0)
+    with moved(params, [factor * g.to(p) for g, p in zip(old, params)]):
+        loss = _one_pass("S2SAM", closure, run.descent)
+    run.state["previous"] = gradients(params)
+    run.descent.step()
+    return {"loss": loss, "perturbation": factor * size}
+
+
+# ------------------------------------------------------------------------- relatives of SAM
+
+def looksam(run, closure, every=5, alpha=0.7):
+    """LookSAM: each fifth step is LoRA-SAM's, with gradient g at w and gs at w + eps, and keeps
+    gv = gs - (<gs, g> / ||g||^2) g.  The others step along g + alpha (||g|| / ||gv||) gv."""
+    params = primary_parameters(run.model)
+    if len(run.log) % every == 0:
+        both = []
+        loss = lora_sam_step(run.descent, recorded(closure, params, both), run.rho, params)
+        g, gs = both
+        share = inner(gs, g) / inner(g, g).clamp(min=TINY)
+        run.state["gv"] = [b - share * a for a, b in zip(g, gs)]
+        return {"loss": loss, "perturbation": run.rho}
+    loss, gv = _one_pass("LookSAM", closure, run.descent), run.state["gv"]
+    factor = alpha * norm_of(gradients(params)) / norm_of(gv).clamp(min=TINY)
+    for p, v in zip(params, gv):
+        if p.grad is not None:
+            p.grad.add_(v.to(p) * factor)
+    run.descent.step()
+    return {"loss": loss}
+
+def inner(a, b):
+    return sum((_wide(x) * _wide(y)).sum() for x, y in zip(a, b))
+
+def recorded(closure, params, passes):
+    def recording():
+        loss = closure()
+        passes.append(gradients(params))
+        return loss
+    return recording
+
+def wsam(run, closure, gamma=0.8):
+    """WSAM: descend along (1 - 2 gamma) / (1 - gamma) g + gamma / (1 - gamma) gs, g at w and gs at
+    w + eps.  gamma = 1 / 2 is LoRA-SAM, 0 is LoRA."""
+    params, both = primary_parameters(run.model), []
+    record = recorded(closure, params, both)
+
+    def weighted():
+        loss = record()
+        if len(both) == 2:
+            for p, g in zip(params, both[0]):
+                if p.grad is not None:
+                    p.grad.mul_(gamma / (1 - gamma)).add_(g, alpha=(1 - 2 * gamma) / (1 - gamma))
+        return loss
+    loss = lora_sam_step(run.descent, weighted, run.rho, params)
+    return {"loss": loss, "perturbation": run.rho}
+
+def esam(run, closure, share=0.5):
+    """ESAM: half of the tensors, drawn once a step, are perturbed, and the second pass sees the
+    half of the rows whose loss rises most.  Two forward passes without gradients find these."""
+    args, model, data, batch = closure.args
+    generator = torch.Generator().manual_seed(step_seed(run))
+    params = primary_parameters(run.model)
+    order = torch.randperm(len(params), generator=generator).tolist()
+    chosen = [params[i] for i in order[:max(1, round(share * len(params)))]]
+    row_losses = sys.modules[closure.func.__module__].row_losses
+    rises, calls = [], []
+
+    def selective():
+        calls.append(1)
+        if len(calls) == 1:
+            rises.extend(-x for x in losses_of(row_losses, *closure.args))
+            return closure()
+        rises[:] = [a + b for a, b in zip(rises, losses_of(row_losses, *closure.args))]
+        steepest = sorted(range(len(batch)), key=lambda i: -rises[i])
+        kept = sorted(steepest[:max(1, round(share * len(batch)))])
+        return closure.func(args, model, data, [batch[i] for i in kept])
+    loss = lora_sam_step(run.descent, selective, run.rho, chosen)
+    return {"loss": loss, "perturbation": run.rho}
+
+@torch.no_grad()
+def losses_of(row_losses, args, model, data, batch):
+    """Loss of each row, a list; the dropout masks are those of the pass that follows."""
+    size, losses = args.micro_batch or len(batch), []
+    with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
+        for start in range(0, len(batch), size):
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+                losses += row_losses(model, data, batch[start:start + size]).tolist()
+    return losses
+
+def bar(run, closure, larger_gradient, alpha=0.25):
+    """oBAR and nBAR: before the step one factor of each pair is multiplied by 1 + alpha eta1, the
+    other one by 1 - alpha eta1.  Up goes A1 where ||A1|| < ||B1|| (oBAR: the smaller factor), or
+    where ||dL/dA1|| >= ||dL/dB1|| (nBAR: the larger gradient)."""
+    loss = _one_pass("BAR", closure, run.descent)
+    change = alpha * run.descent.param_groups[0]["lr"]
+    with torch.no_grad():
+        for layer in run.layers:
+            B, A = layer.lora_B, layer.lora_A
+            up = A.norm() < B.norm()
+            if larger_gradient:
+                up = gradients([A])[0].norm() >= gradients([B])[0].norm()
+            sign = torch.where(up, 1.0, -1.0)
+            A.mul_(1 + change * sign)
+            B.mul_(1 - change * sign)
+    run.descent.step()
+    return {"loss": loss}
+
+
+# --------------------------------------------------------------- SAM on the head in closed form
+
+def head_sam(run, closure):
+    """SAM over the head's parameters alone, in one pass (head_logits)."""
+    change = partial(head_logits, rho=run.rho, bias=has_bias(run.model))
+    return {"loss": lora_step(run.descent, with_logits(change, closure)), "perturbation": run.rho}
+
+def bi_lora_head(run, closure):
+    """Bi-LoRA, and head_sam's logits in the same pass."""
+    change = partial(head_logits, rho=run.rho, bias=has_bias(run.model))
+    return METHODS["bi-lora"].step(run, with_logits(change, closure))
+
+def has_bias(model):
+    head = getattr(model.classifier, "out_proj", model.classifier)
+    return getattr(head, "bias", None) is not None
+
+def head_logits(H, Z, y, rho, bias):
+    """The logits (T, V) at the head moved by rho G / ||G||, without forming G.
+
+    With P = softmax(Z), E = P - Y, the gradient of the mean loss in the head's weight is
+    G = E^T H / T, in its bias E^T 1 / T.  The moved head adds (rho / ||G||) H G^T =
+    (rho / (T ||G||)) K E to Z, K = H H^T (T, T); a bias adds 1 to every entry of K.
+    ||G||^2 = <K, E E^T> / T^2.  The coefficients are held constant, as SAM holds eps; the gradient
+    flows through Z and through the row of K that belongs to the features that are scored.
+    """
+    with torch.no_grad():
+        E = Z.softmax(-1)
+        E[torch.arange(len(y), device=y.device), y] -= 1
+        fixed = H.detach()
+        K = fixed @ fixed.T + float(bias)
+        size = (K * (E @ E.T)).sum().clamp(min=0).sqrt()                       # T ||G||
+        E *= torch.where(size > 0, rho / size, 0.0)
+    return Z + (H @ fixed.T + float(bias)) @ E
+
+
+# ------------------------------------------------------------------------------- ablations
 
 def bi_lora_power(run, closure):
     """A step of block power iteration stands in the place of the paper's ascent and clip."""
     loss = bilora_power_step(run.descent, closure, run.layers, run.rho, run.args.momentum)
-    run.ascent.zero_grad()
-    run.ascent.step()  # without gradients it moves nothing; its schedule expects the call
+    still(run)
     return {"loss": loss, "perturbation": run.rho}
 
+def two_pairs(run, closure):
+    """Both pairs descend; the second one by plain gradient steps, under the global clip."""
+    def negated():
+        loss = closure()
+        for p in auxiliary_parameters(run.model):
+            if p.grad is not None:
+                p.grad.neg_()
+        return loss
+    return METHODS["bi-lora"].step(run, negated)
+
+def no_clip(run, closure):
+    """Bi-LoRA without Eq. (10)."""
+    return clipped_by(run, closure, lambda layers, rho: perturbation_norm(layers))
+
+def layer_clip(run, closure):
+    """Bi-LoRA with a clip of each layer alone, each to rho."""
+    def clip(layers, rho):
+        return torch.stack([clip_perturbation_([layer], rho) for layer in layers]).max()
+    return clipped_by(run, closure, clip)
+
+def clipped_by(run, closure, clip):
+    norms = []
+
+    def noted(layers, rho):
+        norms.append(clip(layers, rho))
+    loss = bilora_step(run.descent, run.ascent, closure, run.layers, run.rho, noted)
+    return {"loss": loss, "perturbation": norms[0]}
+
+def noise_fresh(run, closure):
+    """B2 A2 drawn anew each step, with c = rho, in place of the ascent."""
+    draw_pairs_(run, run.rho)
+    return at_the_pair(run, closure)
+
+def noise_kept(run, closure):
+    """B2 A2 drawn once, with c = rho, and kept."""
+    if not run.log:
+        draw_pairs_(run, run.rho)
+    return at_the_pair(run, closure)
+
+@torch.no_grad()
+def draw_pairs_(run, rho):
+    pairs = auxiliary_parameters(run.model)
+    for p, z in zip(pairs, noise(run, pairs, [1.0] * len(pairs))):
+        p.copy_(z)
+    factor = (rho / perturbation_norm(run.layers)).sqrt()
+    for p in pairs:
+        p.mul_(factor)
+
+def at_the_pair(run, closure):
+    loss = _one_pass("noise", closure, run.descent)
+    run.descent.step()
+    still(run)
+    return {"loss": loss, "perturbation": perturbation_norm(run.layers)}
+
+
+# --------------------------------------------------------------------------------- the table
 
 def add(table):
     """Put methods into the scripts' table.  Their steps take the snapshots that --snapshots asks
     for."""
     for name, method in table.items():
         METHODS[name] = method._replace(step=partial(step_with_snapshots, method.step))
-
 
 def step_with_snapshots(step, run, closure):
     count, done = run.args.snapshots, len(run.log)
@@ -150,7 +453,6 @@ def step_with_snapshots(step, run, closure):
         save_snapshot(run, run.steps)
     return logged
 
-
 def save_snapshot(run, step):
     folder = os.path.join(run.folder, "snapshots")
     os.makedirs(folder, exist_ok=True)
@@ -161,13 +463,23 @@ def save_snapshot(run, step):
         raise OSError(f"{path}.tmp: {str(error).splitlines()[0]}") from None
     os.replace(path + ".tmp", path)
 
-
-# At import: the processes of --jobs import this file too.
-add({**METHODS, "bi-lora-power": Method(bi_lora_power, auxiliary=True)})
+# At import: the processes of --jobs import this file too.  The radii are ours, but for RWP's.
+add({**METHODS,
+     "bi-lora-power": Method(bi_lora_power, auxiliary=True),
+     "flat-lora": Method(flat_lora, rho=0.05), "rwp-full": Method(rwp_full, rho=0.001 ** 0.5),
+     "rwp-lora": Method(rwp_lora, rho=0.001 ** 0.5), "rop": Method(rop, rho=0.1),
+     "obar": Method(partial(bar, larger_gradient=False)),
+     "nbar": Method(partial(bar, larger_gradient=True)),
+     "looksam": Method(looksam), "esam": Method(esam), "s2sam": Method(s2sam),
+     "wsam": Method(wsam), "head-sam": Method(head_sam, rho=0.1),
+     "bi-lora-head-sam": Method(bi_lora_head, auxiliary=True, rho=0.1),
+     "two-pairs": Method(two_pairs, auxiliary=True), "no-clip": Method(no_clip, auxiliary=True),
+     "layer-clip": Method(layer_clip, auxiliary=True),
+     "noise-fresh": Method(noise_fresh, auxiliary=True),
+     "noise-kept": Method(noise_kept, auxiliary=True)})
 
 
 # ------------------------------------------------------------- what the other files here ask of it
-
 
 def parse(script, argv):
     """(arguments, fail) of a script, as its main reads them."""
@@ -175,20 +487,18 @@ def parse(script, argv):
         return script.parse_arguments(argv, script.__doc__, script.SETTINGS, script.GLUE_OPTIONS)
     return script.parse_arguments(argv, script.__doc__, script.TASKS, script.OPTIONS)
 
-
 def builder(script, args, data):
     """The function that reads the pretrained model: what `prepare` calls `build`."""
     if script is train_glue:
         return partial(script.build_model, data)
     return partial(script.build_model, args, data)
 
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    argv = [part for word in argv for part in (METHODS if word == "all" else [word])]
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=SCRIPTS, help="whose options follow")
     return SCRIPTS[parser.parse_args(argv[:1]).script].main(argv[1:])
-
 
 if __name__ == "__main__":
     main()

@@ -139,7 +139,7 @@ class Run:
 
     def share(self, rows, count):
         if self.script is train_glue:
-            return train_glue.loss_sum(self.model, self.data, rows) / count
+            return train_glue.row_losses(self.model, self.data, rows).sum() / count
         (prompts, answers, _), device = zip(*rows), self.args.device
         losses = train_glue.answer_losses(self.model, prompts, answers, self.data.pad_id, device)
         return losses.sum() / count
