@@ -35,12 +35,11 @@ def run_of(net, rho=0.1, lr=0.1, steps=10, optimizer=torch.optim.SGD):
     """What `prepare` returns; its descent takes plain gradient steps."""
     _, ascent = bilora_optimizers(net, lr)
     descent = optimizer(primary_parameters(net), lr=lr)
-    return SimpleNamespace(model=net, layers=add_layers(net), descent=descent, ascent=ascent, rho=rho,
-                           seed=3, log=[], steps=steps, state={}, args=SimpleNamespace(
-                               momentum=0.5, snapshots=0))
+    return SimpleNamespace(model=net, layers=layers_of(net), descent=descent, ascent=ascent,
+                           rho=rho, seed=3, log=[], steps=steps, state={}, args=arguments())
 
 
-def add_layers(net):
+def layers_of(net):
     return [net.first, net.shared, net.last]
 
 
@@ -75,7 +74,8 @@ def counted(closure):
 # ------------------------------------------------------------------------------------------ passes
 
 @pytest.mark.parametrize("name", ["flat-lora", "rwp-full", "rwp-lora", "s2sam", "obar", "nbar",
-                                  "two-pairs", "no-clip", "layer-clip", "noise-fresh", "noise-kept"])
+                                  "two-pairs", "no-clip", "layer-clip", "noise-fresh",
+                                  "noise-kept"])
 def test_one_pass_and_whatever_is_frozen_comes_back_bit_for_bit(batch, name):
     """Over several steps, with one half-sized base weight: published versions move it."""
     net = adapted(aux_rank=2 if METHODS[name].auxiliary else 0)
@@ -93,15 +93,15 @@ def test_one_pass_and_whatever_is_frozen_comes_back_bit_for_bit(batch, name):
 
 def test_the_noise_of_flat_lora_leaves_a_bfloat16_base_bit_for_bit(batch):
     net = adapted().float()
-    for layer in add_layers(net):
+    for layer in layers_of(net):
         layer.weight.data = layer.weight.data.bfloat16()
         layer.bias.data = layer.bias.data.bfloat16()
     net.head.bfloat16()
-    base = [layer.weight.clone() for layer in add_layers(net)]
+    base = [layer.weight.clone() for layer in layers_of(net)]
     run, x = run_of(net, rho=0.5, steps=1000), (batch[0].bfloat16(), batch[1])
     for _ in range(1000):
         take("flat-lora", run, closure_of(net, x))
-    assert all(torch.equal(layer.weight, W) for layer, W in zip(add_layers(net), base))
+    assert all(torch.equal(layer.weight, W) for layer, W in zip(layers_of(net), base))
 
 
 # --------------------------------------------------------------------------- random perturbations
@@ -114,7 +114,7 @@ def test_random_perturbations(batch, name):
     params, stds = primary_parameters(net), []
     run = run_of(net, rho=0.3)
     run.log = [{}] * 4  # step 4 of 10
-    moving = params if name == "rwp-lora" else [layer.weight for layer in add_layers(net)]
+    moving = params if name == "rwp-lora" else [layer.weight for layer in layers_of(net)]
     old, start, seen = [t.clone() for t in moving], [p.clone() for p in params], []
 
     def closure():
@@ -122,7 +122,7 @@ def test_random_perturbations(batch, name):
         return closure_of(net, batch)()
 
     f = (1 - math.cos(math.pi * 0.4)) / 2
-    for layer, t in zip(add_layers(net), moving):
+    for layer, t in zip(layers_of(net), moving):
         W = layer.weight + 3.0 * layer.lora_B @ layer.lora_A
         stds.append(f * 0.3 * W.norm(dim=1, keepdim=True) / math.sqrt(W.shape[1]))
     if name != "flat-lora":
@@ -135,7 +135,7 @@ def test_random_perturbations(batch, name):
         norm([a - b for a, b in zip(at, old)]), rel=1e-5)
     other = adapted()
     places = primary_parameters(other) if name == "rwp-lora" else [
-        layer.weight for layer in add_layers(other)]
+        layer.weight for layer in layers_of(other)]
     with torch.no_grad():
         for t, value in zip(places, at):
             t.copy_(value)
@@ -283,7 +283,7 @@ def test_bar_scales_the_factors_before_the_step(batch, name):
 def test_two_descending_pairs(batch):
     """Both step down, the second one under the clip; with the auxiliary rate 0 it is LoRA."""
     net = adapted(aux_rank=2)
-    layers, run = add_layers(net), run_of(net, rho=50.0)
+    layers, run = layers_of(net), run_of(net, rho=50.0)
     params = [*primary_parameters(net), *auxiliary_parameters(net)]
     start, g = [p.detach().clone() for p in params], gradient_at(net, batch, params)
     take("two-pairs", run, closure_of(net, batch))
@@ -313,13 +313,13 @@ def test_no_clip_is_bi_lora_with_an_infinite_radius_bit_for_bit(batch):
         take("no-clip", free, closure_of(a, batch))
         take("bi-lora", wide, closure_of(b, batch))
     assert_same_bits(a, b.state_dict())
-    assert perturbation_norm(add_layers(a)) > 1
+    assert perturbation_norm(layers_of(a)) > 1
 
 
 def test_a_clip_per_layer(batch):
     net = adapted(aux_rank=2)
     take("layer-clip", run_of(net, rho=0.3), closure_of(net, batch))
-    for layer in add_layers(net):
+    for layer in layers_of(net):
         assert perturbation_norm([layer]).item() == pytest.approx(0.3)
 
 
@@ -351,7 +351,7 @@ def arguments(**more):
 
 
 def script_run(kind, aux_rank=0, rho=0.3, targets=None):
-    """(run, closure) on a tiny classifier, T5 or Llama, with a head of its own; the head is trained too."""
+    """(run, closure, head) on a tiny classifier, T5 or Llama; the head is trained too."""
     torch.manual_seed(0)
     if kind == "classifier":
         model, script = bert().double(), train_glue
@@ -359,7 +359,8 @@ def script_run(kind, aux_rank=0, rho=0.3, targets=None):
         data = SimpleNamespace(task=TASKS["mnli"], answers=None, pad_id=0)
     else:
         model, script = golden(kind).double(), train_gsm8k
-        rows = [([7, 8, 9 + i][:1 + i % 3], [5, 6, 4 + i][:1 + (i + 1) % 3], None) for i in range(5)]
+        rows = [([7, 8, 9 + i][:1 + i % 3], [5, 6, 4 + i][:1 + (i + 1) % 3], None)
+                for i in range(5)]
         data = SimpleNamespace(pad_id=0)
     layers = add_lora(model, 2, 4, aux_rank, targets)
     model.double().train()
@@ -372,8 +373,8 @@ def script_run(kind, aux_rank=0, rho=0.3, targets=None):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     descent, ascent = bilora_optimizers(model, 0.1)
-    run = SimpleNamespace(model=model, layers=layers, descent=descent, ascent=ascent, rho=rho, seed=3,
-                          log=[], steps=10, state={}, args=arguments())
+    run = SimpleNamespace(model=model, layers=layers, descent=descent, ascent=ascent, rho=rho,
+                          seed=3, log=[], steps=10, state={}, args=arguments())
     return run, partial(script.forward_backward, run.args, model, data, rows), head
 
 

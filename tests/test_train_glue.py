@@ -595,14 +595,14 @@ def killed(argv, moment, count):
 
 def steps_of(argv, method):
     """How many steps main takes with these arguments."""
-    (step, auxiliary), steps = METHODS[method], []
+    whole, steps = METHODS[method], []
 
     def counted(run, closure):
         steps.append(1)
-        return step(run, closure)
+        return whole.step(run, closure)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METHODS, method, Method(counted, auxiliary))
+        patch.setitem(METHODS, method, whole._replace(step=counted))
         main(argv)
     return len(steps)
 
