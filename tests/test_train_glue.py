@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import statistics
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from types import SimpleNamespace
 
@@ -515,6 +516,13 @@ def test_an_error_of_a_run_names_it_whatever_its_kind(monkeypatch, error):
     monkeypatch.setattr(train_glue, "WORKER", {"data": None, "progress": None})
     with pytest.raises(ValueError, match="lora, seed 3: .*(broken|gone|odd)"):
         train_glue.one_run(fails, None, (3, "lora"), "folder")
+
+def test_a_process_that_is_killed_from_outside_ends_in_one_line(glue_folder, capsys, monkeypatch):
+    def broken(*args):
+        raise BrokenProcessPool("a process was terminated abruptly")
+
+    monkeypatch.setattr(train_glue, "run_all", broken)
+    assert "terminated abruptly" in error_of(capsys, [*ONE, "--jobs", "2"])
 
 def test_limit_and_noise_reach_the_run(glue_folder):
     report = main([*ONE, "--limit", "9", "--label-noise", "0.2", "--epochs", "1"])
