@@ -1,8 +1,8 @@
-"""What a step costs: every method of the table on the same encoder and batch, interleaved step by
-step.
+"""What a step costs: methods of the table on the same encoder and batch, interleaved step by step.
 
     python notes/benchmark.py --bf16                       # a random encoder of MiniLM's shape
     python notes/benchmark.py --bf16 --model DIR           # a BERT folder
+    python notes/benchmark.py --bf16 --method all          # every method of methods.py
     python notes/benchmark.py --bf16 --peft                # PEFT's LoRA layers too, if installed
 
 Reported are the median over the rounds of a step's seconds, and of its ratio to the step of the
@@ -58,6 +58,7 @@ def peft_run(args, options):
 
 def build_step(method, options):
     """A function of no argument that takes one training step of the method."""
+    steps = options.warmup + options.rounds
     words = ["--task", "mrpc", "--model", options.model or "random", "--device", options.device,
              "--rank", str(options.rank), "--aux-rank", str(options.rank),
              "--alpha", str(2 * options.rank), "--micro-batch", str(options.batch_size)]
@@ -65,7 +66,7 @@ def build_step(method, options):
     if method == "peft":
         run, step = peft_run(args, options), METHODS[FIRST].step
     else:
-        run = prepare(args, method, 0, partial(build, options.model), "", 1)
+        run = prepare(args, method, 0, partial(build, options.model), "", steps)
         step = METHODS[method].step
     generator = torch.Generator().manual_seed(0)
     shortest, longest = options.length // 2, options.length
@@ -79,6 +80,7 @@ def build_step(method, options):
     def timed():
         logged = step(run, closure)
         float(logged["loss"])  # waits for the device
+        run.log.append(logged)
         if torch.device(options.device).type == "cuda":
             torch.cuda.synchronize()
     return timed
@@ -112,6 +114,8 @@ def parse_arguments(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: %(default)s")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS)[:3],
+                        help="beside the table's first one (default: %(default)s; all: every one)")
     parser.add_argument("--peft", action="store_true", help="time PEFT's LoRA as well")
     parser.add_argument("--memory-of", choices=(*METHODS, "peft"), help=argparse.SUPPRESS)
     for name, default, text in (("rounds", 40, ""), ("warmup", 3, "rounds not counted "),
@@ -119,7 +123,7 @@ def parse_arguments(argv):
                                 ("rank", 8, "r = r2 ")):
         parser.add_argument("--" + name, type=int, default=default,
                             help=text + "(default: %(default)s)")
-    return parser.parse_args(argv)
+    return parser.parse_args(methods.expanded(argv))
 
 
 def main(argv=None):
@@ -131,7 +135,7 @@ def main(argv=None):
             step()
         print(json.dumps(peak_memory(options.device)))  # null where the system does not tell
         return None
-    names = [*METHODS, *(["peft"] if options.peft else [])]
+    names = list(dict.fromkeys([FIRST, *options.method, *(["peft"] if options.peft else [])]))
     seconds = time_methods(names, options)
     machine = f"{platform.machine()} CPU"
     if torch.device(options.device).type == "cuda":

@@ -493,9 +493,12 @@ def builder(script, args, data):
         return partial(script.build_model, data)
     return partial(script.build_model, args, data)
 
+def expanded(argv):
+    """The word "all" stands for every method."""
+    return [part for word in argv for part in (METHODS if word == "all" else [word])]
+
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [part for word in argv for part in (METHODS if word == "all" else [word])]
+    argv = expanded(sys.argv[1:] if argv is None else argv)
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=SCRIPTS, help="whose options follow")
     return SCRIPTS[parser.parse_args(argv[:1]).script].main(argv[1:])
