@@ -20,7 +20,8 @@ STEPS = {  # method: what one step does, from left to right; the colour is that 
 
 
 def box(axis, x, y, width, height, colour, text, size=9):
-    axis.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="black", linewidth=0.8))
+    axis.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="black",
+                             linewidth=0.8))
     axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
 
 
@@ -28,7 +29,8 @@ def draw_weight(axis):
     """W = W0 + s B1 A1 + s B2 A2, each matrix in its shape."""
     axis.text(0, 1.5, "W  =", va="center", fontsize=12)
     box(axis, 0.9, 0.5, 2, 2, FROZEN, "W0\nfrozen")
-    for x, colour, pair, note in ((3.9, PRIMARY, "1", "kept"), (7.9, AUXILIARY, "2", "training only")):
+    pairs = ((3.9, PRIMARY, "1", "kept"), (7.9, AUXILIARY, "2", "training only"))
+    for x, colour, pair, note in pairs:
         axis.text(x - 0.5, 1.5, "+ s", ha="center", va="center", fontsize=12)
         box(axis, x, 0.5, 0.5, 2, colour, f"B{pair}")
         box(axis, x + 0.7, 1.5, 2, 0.5, colour, f"A{pair}")

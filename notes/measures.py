@@ -1,10 +1,10 @@
 """Flatness and perturbations, measured: one function a quantity, with what it is in a formula.
 
-A point in a space is a list of tensors; a *space* of an adapted model is the list of what may be moved in it:
-LoRA space is every B1 and A1, full space every adapted W (moving the frozen W0 moves W = W0 + s B1 A1 by as much).
-A loss is given as a list of functions, each of which returns its share, 0-dim: the shares of one loss add up to it, and are
-computed one after the other, for memory.  <a, b> and ||a|| run over all tensors of a list.  Whatever is moved is put back
-bit for bit.
+A point in a space is a list of tensors.  A *space* of an adapted model is the list of what may be
+moved in it: LoRA space is every B1 and A1, full space every adapted W (moving the frozen W0 moves
+W = W0 + s B1 A1 by as much).  A loss is given as a list of functions, each of which returns its
+share, 0-dim.  The shares add up to the loss, and are computed one after the other to save memory.
+<a, b> and ||a|| run over all tensors of a list.  Whatever is moved is put back bit for bit.
 """
 
 import contextlib
@@ -69,7 +69,8 @@ def loss_of(losses):
 
 
 def gradient(losses, params):
-    """(loss, [dL/dp]); a tensor that the loss does not depend on gets zeros.  Nobody's .grad is touched."""
+    """(loss, [dL/dp]); a tensor that the loss does not depend on gets zeros.  Nobody's .grad is
+    touched."""
     total, sums = 0.0, [torch.zeros_like(p) for p in params]
     with with_gradients(params):
         for loss in losses:
@@ -84,7 +85,8 @@ def gradient(losses, params):
 
 
 def filter_normalised(weights, generator):
-    """A Gaussian direction each row of which is as long as the same row of the weight (Li et al. 2018, 1712.09913)."""
+    """A Gaussian direction each row of which is as long as the same row of the weight (Li et al.
+    2018, 1712.09913)."""
     directions = []
     for w in weights:
         d = torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
@@ -111,10 +113,12 @@ def contour(losses, params, one, two, alphas):
 
 
 def worst_case(losses, params, rho, steps=5):
-    """The largest L(w + eps) - L(w) met by `steps` steps of normalised ascent in the ball ||eps|| <= rho: a lower bound of
-    SAM's inner maximum, Eq. (A1), for few steps do not get all the way.
+    """The largest L(w + eps) - L(w) met by `steps` steps of normalised ascent in the ball
+    ||eps|| <= rho.  It is a lower bound of SAM's inner maximum, Eq. (A1): few steps do not get all
+    the way.
 
-    eps <- eps + (2 rho / steps) g / ||g||, pulled back onto the ball where it has left it; the first step goes to the sphere.
+    eps <- eps + (2 rho / steps) g / ||g||, pulled back onto the ball where it has left it; the
+    first step goes to the sphere.
     """
     best, start, eps = 0.0, loss_of(losses), [torch.zeros_like(p) for p in params]
     for step in range(steps):
@@ -129,26 +133,31 @@ def worst_case(losses, params, rho, steps=5):
 
 
 def hessian_vector(losses, params, v):
-    """[H v], H the Hessian of the loss with respect to all of `params` together, by two backward passes."""
+    """[H v], H the Hessian of the loss with respect to all of `params` together, by two backward
+    passes."""
     total = [torch.zeros_like(p) for p in params]
-    with with_gradients(params), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+    # the fused kernels of attention have no second derivative
+    with with_gradients(params), sdpa_kernel(SDPBackend.MATH):
         for loss in losses:
             first = torch.autograd.grad(loss(), params, create_graph=True, allow_unused=True)
             used = [(g, d) for g, d in zip(first, v) if g is not None and g.requires_grad]
             if not used:  # a linear loss
                 continue
-            second = torch.autograd.grad(sum((g * d).sum() for g, d in used), params, allow_unused=True)
+            slope = sum((g * d).sum() for g, d in used)
+            second = torch.autograd.grad(slope, params, allow_unused=True)
             total = [a if g is None else a + g for a, g in zip(total, second)]
     return total
 
 
 def top_eigenvalue(losses, params, iterations=15, generator=None, shift=0.0):
-    """(lambda, ||H v - lambda v||): the largest eigenvalue of the Hessian and what is left of the equation, by power iteration.
+    """(lambda, ||H v - lambda v||): the largest eigenvalue of the Hessian and what is left of the
+    equation, by power iteration.
 
-    Power iteration finds the eigenvalue that is largest in size; if that one is negative, a second run on H - lambda I
-    finds the largest one.
+    Power iteration finds the eigenvalue that is largest in size; if that one is negative, a second
+    run on H - lambda I finds the largest one.
     """
-    v = scaled([torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in params], 1.0)
+    v = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in params]
+    v = scaled(v, 1.0)
     for _ in range(iterations):
         hv = [h - shift * d for h, d in zip(hessian_vector(losses, params, v), v)]
         value = inner(v, hv)
@@ -165,8 +174,8 @@ def top_eigenvalue(losses, params, iterations=15, generator=None, shift=0.0):
 
 
 def lora_sam_terms(layers, eps):
-    """(s B eps_A, s eps_B A, s eps_B eps_A), a list of (m, n) each: what a perturbation of B1 and A1
-    is in W, Eq. (5).
+    """(s B eps_A, s eps_B A, s eps_B eps_A), a list of (m, n) each: what a perturbation of B1 and
+    A1 is in W, Eq. (5).
 
     eps: (eps_B, eps_A) of one layer after the other, as primary_parameters lists them.
     """
@@ -178,7 +187,10 @@ def lora_sam_terms(layers, eps):
 
 def low_rank_inner(one, two):
     """<B A, B' A'> of two lists of pairs (B, A), through Gram matrices."""
-    return sum(((B.t() @ B2) * (A @ A2.t())).sum().double() for (B, A), (B2, A2) in zip(one, two, strict=True)).item()
+    total = 0.0
+    for (B, A), (B2, A2) in zip(one, two, strict=True):
+        total = total + ((B.t() @ B2) * (A @ A2.t())).sum().double()
+    return total.item()
 
 
 def low_rank_cosine(one, two):
@@ -192,7 +204,8 @@ def singular_values(B, A):
 
 
 def effective_rank(pairs):
-    """exp of the entropy of sigma_i / sum sigma (Roy and Vetterli 2007), averaged over the layers with their ||B A||^2."""
+    """exp of the entropy of sigma_i / sum sigma (Roy and Vetterli 2007), averaged over the layers
+    with their ||B A||^2."""
     ranks, weights = [], []
     for B, A in pairs:
         sigma = singular_values(B, A).double()
@@ -221,8 +234,11 @@ def basis(B):
 
 
 def best_rank_energy(G, rank):
-    """Share of ||G||^2 that a matrix of this rank can hold: sum_(i <= rank) sigma_i^2 / ||G||^2, over all layers.
+    """Share of ||G||^2 that a matrix of this rank can hold: sum_(i <= rank) sigma_i^2 / ||G||^2,
+    over all layers.
 
-    Its root, times rho ||G||, is the maximum of <G, eps> over the ball and the rank, Eq. (A16-A19), put right.
+    Its root, times rho ||G||, is the maximum of <G, eps> over the ball and the rank, Eq. (A16-A19),
+    put right.
     """
-    return sum((torch.linalg.svdvals(g)[:rank].double() ** 2).sum().item() for g in G) / inner(G, G)
+    held = sum((torch.linalg.svdvals(g)[:rank].double() ** 2).sum().item() for g in G)
+    return held / inner(G, G)
