@@ -1,17 +1,22 @@
 """The pictures of sharpness.py: one function a part, each of {method: {seed: what the part
-measured}}.
+measured}}.  As a script: draw those that are in notes/figures again, from the JSON files there.
+
+    python notes/pictures.py
 
 A line is the mean over the seeds, a band one standard error around it.  A method has the colour of
 its place in the table of methods.
 """
 
+import glob
+import json
 import math
 import os
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-from tables import SPACES, mean_of
+from tables import NOTES, SPACES, mean_of
 from train_glue import METHODS, mean_stderr
 
 LAGS = (1, 2, 4, 8, 16, 32)  # steps between
@@ -87,10 +92,11 @@ def draw_contour(results, path):
     axes, write = picture(path, len(results), 2)
     for row, space in zip(axes, SPACES):
         runs = {method: first(seeds)[space] for method, seeds in results.items()}
-        levels = np.linspace(0, max(np.max(run["losses"]) for run in runs.values()), 16)
+        losses = [run["losses"] for run in runs.values()]
+        levels = np.linspace(np.min(losses), np.max(losses), 16)
         for axis, (method, run) in zip(row, runs.items()):
             drawn = axis.contour(run["alphas"], run["alphas"], run["losses"], levels=levels)
-            axis.clabel(drawn, drawn.levels[1::3], fontsize=7)
+            axis.clabel(drawn, drawn.levels[1::3], fmt="%.2f", fontsize=7)
             named(axis, "first direction", "second direction", f"{method}, {space} space")
     write()
 
@@ -121,35 +127,44 @@ def draw_c(results, path):
         radii = first(first(results))[space]["radii"]
         left.set_xscale("log")
         left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter("{x:g}")
         left.minorticks_off()
         left.set_xticks(radii, [f"{rho:g}" for rho in radii])
         named(right, "", "largest Hessian eigenvalue", f"{space} space")
     write()
 
 
+MODULES = {"B": "B1 with its last value", "A": "A1 with its last value",
+           "primary": "B1 A1 with its last value", "auxiliary": "B2 A2 with its last value",
+           "between": "B1 A1 with B2 A2"}
+TERMS = {"B_epsA": "s B eps_A", "epsB_A": "s eps_B A", "epsB_epsA": "s eps_B eps_A"}
+
+
 def draw_d(results, path):
-    """Above, the cosines of each method's pairs; below, the terms of its perturbation of B1 and A1,
-    where it has one."""
-    axes, write = picture(path, len(results), 2)
-    modules = {"B": "B1", "A": "A1", "primary": "B1 A1", "auxiliary": "B2 A2",
-               "between": "B1 A1 with B2 A2"}
-    terms = {"B_epsA": "s B eps_A", "epsB_A": "s eps_B A", "epsB_epsA": "s eps_B eps_A"}
-    for (above, below), (method, runs) in zip(axes.T, results.items()):
-        for i, (key, label) in enumerate(modules.items()):
-            if key in first(runs):
-                band(above, first(runs)["step"], [run[key] for run in runs.values()], label,
-                     color=f"C{i}")
-        named(above, "step", "cosine with last value", method)
-        for i, (key, label) in enumerate(terms.items(), len(modules)):
-            if key in first(runs):
-                band(below, first(runs)["step"], [run[key] for run in runs.values()], label,
-                     color=f"C{i}")
-        named(below, "step", "norm of the perturbation's terms", method)
-        if below.lines:
-            below.set_yscale("log")
-        else:
-            below.set_visible(False)
+    """A panel for each method, the cosines of its pairs; then one for each that perturbs B1 and A1,
+    the terms of its perturbation of W."""
+    terms = {method: runs for method, runs in results.items() if "ratio" in first(runs)}
+    count = len(results) + len(terms)
+    columns = min(3, count)
+    axes, write = picture(path, columns, math.ceil(count / columns))
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    for axis, (method, runs) in zip(axes.flat, results.items()):
+        draw_lines(axis, runs, MODULES, 0)
+        named(axis, "step", "cosine", method)
+    for axis, (method, runs) in zip(axes.flat[len(results):], terms.items()):
+        draw_lines(axis, runs, TERMS, len(MODULES))
+        axis.set_yscale("log", nonpositive="mask")  # the first term is zero at the start
+        named(axis, "step", "norm", f"{method}: terms of its perturbation")
     write()
+
+
+def draw_lines(axis, runs, labels, first_colour):
+    for i, (key, label) in enumerate(labels.items(), first_colour):
+        if key in first(runs):
+            curves = [run[key] for run in runs.values()]
+            band(axis, first(runs)["step"], curves, label, color=f"C{i}")
 
 
 def draw_e(results, path):
@@ -207,3 +222,18 @@ DRAWINGS = {"a": ("landscapes", draw_a), "contour": ("contour", draw_contour),
             "b": ("adversarial", draw_b), "c": ("worst-case", draw_c),
             "d": ("perturbations", draw_d), "e": ("adversity", draw_e), "f": ("ascent", draw_f),
             "g": ("gap", draw_g)}
+
+
+def main():
+    for path in sorted(glob.glob(os.path.join(NOTES, "figures", "*-sharpness.json"))):
+        with open(path, encoding="utf-8") as file:
+            measured = json.load(file)["measured"]
+        for part, found in measured.items():
+            name, draw = DRAWINGS[part]
+            place = path.replace("sharpness.json", f"{name}.png")
+            if os.path.exists(place):
+                draw({method: found[method] for method in METHODS if method in found}, place)
+
+
+if __name__ == "__main__":
+    main()
