@@ -27,6 +27,7 @@ from tqdm import tqdm
 import sharpness
 from measures import cosine, effective_rank, gradient, inner
 from model import read_json, write_text
+from tables import number_of
 from train_glue import METHODS, mean_stderr
 
 BASE = next(iter(METHODS))  # the method that the others are compared with
@@ -135,15 +136,6 @@ def kept(run, what, measure, *arguments):
 # ------------------------------------------------------------------------------ all of them
 
 
-def text_of(entry, digits=3):
-    """Mean ± standard error, with the digits that the error gives a meaning."""
-    mean, error = entry["mean"], entry["stderr"]
-    if not error:
-        return f"{mean:.{digits}g}"
-    places = min(5, max(0, 1 - math.floor(math.log10(error))))
-    return f"{mean:.{places}f} ± {error:.{places}f}"
-
-
 def tables(report):
     """Two Markdown tables: how far the ascent gets and what it costs; what the perturbation is
     like."""
@@ -154,7 +146,7 @@ def tables(report):
         text.append("| ascent, η₂ / η₁ | " + " | ".join(columns) + " |")
         text.append("|---" * (len(columns) + 1) + "|")
         for name, rows in report["ascents"].items():
-            cells = [text_of(rows[key]) if key in rows else "" for key in columns]
+            cells = [number_of(rows[key]) if key in rows else "" for key in columns]
             text.append(f"| {name} | " + " | ".join(cells) + " |")
         text.append("")
     return "\n".join(text)

@@ -45,7 +45,7 @@ from measures import (best_rank_energy, contour, cosine, effective_rank, filter_
                       reachable_energy, scaled, top_eigenvalue, worst_case)
 from model import read_json, read_safetensors, write_text
 from pictures import DRAWINGS, LAGS
-from tables import SPACES, tables
+from tables import SPACES, all_tables, tables
 from train_glue import METHODS, number, plan_batches, trained_tensors
 
 SETTINGS = {  # what the result of each part depends on, beside the run
@@ -582,12 +582,12 @@ def report_of(task, parts, settings, runs, out):
             draw(parts[part], os.path.join(out, f"{task}-{name}.png"))
     folders = [run.folder for run in runs]
     metrics = [read_json(os.path.join(folder, "metrics.json")) for folder in folders]
-    text, numbers = tables(parts, metrics)
+    numbers = tables(parts, metrics)
+    text = all_tables(task, numbers)
     report = {"settings": settings, "runs": folders, "tables": numbers, "measured": parts}
     write_text(os.path.join(out, f"{task}-sharpness.json"), json.dumps(report))
-    write_text(os.path.join(out, f"{task}-sharpness.md"),
-               f"# {task}: what sharpness.py measured\n{text}")
-    print(f"{task}\n{text}")
+    write_text(os.path.join(out, f"{task}-sharpness.md"), text)
+    print(text)
     return report
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import methods
 from model import write_text
+from tables import number_of
 from train_glue import Parser, begin, mean_stderr, run_all
 
 SHARED = ("task", "data", "model", "revision", "limit", "label-noise", "max-length",
@@ -145,8 +146,7 @@ def rows_of(report, method):
 def text_of(entry, between=" "):
     if entry["mean"] is None:
         return "diverged"
-    error = "" if entry["stderr"] is None else f"{between}± {entry['stderr']:.4f}"
-    return f"{entry['mean']:.4f}{error}"
+    return number_of(entry).replace(" ± ", f"{between}± ")
 
 
 def draw(report, method, path):

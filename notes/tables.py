@@ -1,12 +1,16 @@
 """The tables of sharpness.py.  As a script: write them into the notes and README, between marks,
-from its JSON files.
+from its JSON files, and the full tables into notes/figures/*-sharpness.md.
 
     python notes/sharpness.py runs/demo --out notes/figures && python notes/tables.py
 
-A mark is a line `<!-- table: TASKS PART METHODS "START" ... -->`, its end a line `<!-- end -->`.
-TASKS and METHODS are names with commas between them, or *.  The rows are the quantities of the part
-whose names begin with one of the STARTs, or all of them.  A cell is mean ± standard error over the
-seeds; after it, in brackets, that of the difference to the first method of the table, seed by seed.
+A mark is a line `<!-- table: TASKS PART METHODS "NAME" ... -->`, its end a line `<!-- end -->`.
+TASKS and METHODS are names with commas between them, or *.  A NAME is that of a quantity, or a
+pattern with * in it; without one, all quantities of the part are taken.  They are the rows, and the
+methods are the columns; of one method the tasks are.  With `pivot:` in place of `table:`
+the quantities are the columns, and the runs (and the rules of part f) are the rows.
+
+A cell is mean ± standard error over the seeds.  Where a row of a table begins with the first
+method's value, its other cells are the differences to that value, seed by seed.
 """
 
 import glob
@@ -14,6 +18,7 @@ import json
 import os
 import re
 import shlex
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -23,7 +28,9 @@ from train_glue import METHODS, mean_stderr
 
 SPACES = ("LoRA", "full")
 NOTES = os.path.dirname(os.path.abspath(__file__))
-MARK = re.compile(r"^<!-- table: (.*?) -->\n.*?^<!-- end -->\n", re.DOTALL | re.MULTILINE)
+MARK = re.compile(r"^<!-- (table|pivot): (.*?) -->\n.*?^<!-- end -->\n", re.DOTALL | re.MULTILINE)
+FIRST = next(iter(METHODS))  # the method that the others are compared with
+MOST_PLACES = 5  # digits after the point
 
 
 def mean_of(values):
@@ -107,12 +114,11 @@ QUANTITIES = {"a": quantities_a, "b": quantities_b, "c": quantities_c, "d": quan
 
 
 def tables(results, finished):
-    """(Markdown, the same numbers): mean and standard error over the seeds, and of the difference
-    to the first method of the table, seed by seed.
+    """{part: {quantity: {method: entry}}}, an entry as entry_of's.
 
     results: {part: {method: {seed: what was measured}}}.  finished: the metrics.json of each run.
     """
-    text, numbers, scores = [], {}, {}
+    numbers, scores = {}, {}
     for run in finished:
         scores.setdefault(run["method"], {})[run["seed"]] = run["metrics"]
     found = {"scores": {method: scores[method] for method in METHODS if method in scores}}
@@ -123,12 +129,10 @@ def tables(results, finished):
         runs = {method: seeds for method, seeds in runs.items() if any(seeds.values())}
         names = dict.fromkeys(name for seeds in runs.values() for values in seeds.values()
                               for name in values)
-        text += ["", f"| {part} | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
-        for name in names:
-            entries = {method: entry_of(runs, method, name) for method in runs}
-            numbers.setdefault(part, {})[name] = entries
-            text.append(f"| {name} | " + " | ".join(map(text_of, entries.values())) + " |")
-    return "\n".join(text) + "\n", numbers
+        if names:
+            numbers[part] = {name: {method: entry_of(runs, method, name) for method in runs}
+                             for name in names}
+    return numbers
 
 
 def entry_of(runs, method, name):
@@ -136,27 +140,52 @@ def entry_of(runs, method, name):
     such numbers."""
     values = {seed: row[name] for seed, row in runs[method].items() if row.get(name) is not None}
     entry = {"value": mean_stderr(list(values.values()))} if values else {}
-    first = next(iter(METHODS))
-    if method != first:
-        base = {seed: row.get(name) for seed, row in runs.get(first, {}).items()}
+    if method != FIRST:
+        base = {seed: row.get(name) for seed, row in runs.get(FIRST, {}).items()}
         paired = [values[seed] - base[seed] for seed in values if base.get(seed) is not None]
         if paired:
             entry["difference"] = mean_stderr(paired)
     return entry
 
 
-def text_of(entry):
-    """A cell: mean ± standard error, and in brackets that of the difference; nothing where nothing
-    was measured."""
-    parts = [number_of(entry["value"])] if "value" in entry else []
+def number_of(entry, digits=1, sign=""):
+    """Mean ± standard error: the error's first `digits` significant digits say where both end.
+
+    sign: "+" writes it before a mean that is not negative, too.
+    """
+    mean, error = entry["mean"], entry["stderr"]
+    if not error:
+        text = f"{mean:{sign}.3g}"
+        return text if error is None else f"{text} ± 0"
+    exponent = int(f"{error:.{digits - 1}e}".split("e")[1])  # of the error as it is rounded
+    places = min(MOST_PLACES, digits - 1 - exponent)
+    mean, error = round(mean, places) + 0.0, round(error, places)  # + 0.0: no -0
+    shown = max(0, places)
+    return f"{mean:{sign}.{shown}f} ± {error:.{shown}f}"
+
+
+def line_of(cells):
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def all_tables(task, numbers):
+    """A page of Markdown: every part, every quantity, two digits of each error; in brackets the
+    difference to the first method, seed by seed."""
+    text = f"# {task}: what sharpness.py measured\n"
+    for part, rows in numbers.items():
+        columns = [method for method in METHODS if any(method in row for row in rows.values())]
+        text += "\n" + line_of([part, *columns]) + line_of(["---"] * (len(columns) + 1))
+        for name, row in rows.items():
+            text += line_of([name, *(value_and_difference(row.get(key, {})) for key in columns)])
+    return text
+
+
+def value_and_difference(entry):
+    """Nothing where nothing was measured."""
+    parts = [number_of(entry["value"], 2)] if "value" in entry else []
     if "difference" in entry:
-        parts.append(f"({number_of(entry['difference'], '+')})")
+        parts.append(f"({number_of(entry['difference'], 2, '+')})")
     return " ".join(parts)
-
-
-def number_of(value, sign=""):
-    error = "" if value["stderr"] is None else f" ± {value['stderr']:.2g}"
-    return f"{value['mean']:{sign}.4g}{error}"
 
 
 # ------------------------------------------------------------------------------ the notes
@@ -172,42 +201,95 @@ def measured():
     return found
 
 
-def table(mark, numbers):
-    """The Markdown lines that belong between a mark and its end."""
-    tasks, part, columns, *starts = shlex.split(mark)
+def table(kind, mark, numbers):
+    """The Markdown lines that belong between a mark and its end.  kind: table or pivot."""
+    tasks, part, wanted, *patterns = shlex.split(mark)
     tasks = list(numbers) if tasks == "*" else tasks.split(",")
-    wanted = list(METHODS) if columns == "*" else columns.split(",")
-    found = {task: numbers[task].get(part, {}) for task in tasks}
-    names = dict.fromkeys(name for rows in found.values() for name in rows)
-    rows = [name for name in names if name.startswith(tuple(starts or [""]))]
-    for start in starts or [""]:
-        if not any(name.startswith(start) for name in names):
-            raise ValueError(f"<!-- table: {mark} -->: nothing that was measured begins with "
-                             f"{start!r}")
-    columns = [(task, method) for task in tasks for method in wanted
-               if any(found[task].get(name, {}).get(method) for name in rows)]
-    if not columns:
-        raise ValueError(f"<!-- table: {mark} -->: none of these methods was measured")
-    heads = [f"{task}, {method}" for task, method in columns]
-    if len(tasks) == 1:
-        heads = [method for _, method in columns]
-    elif len(wanted) == 1:
-        heads = [task for task, _ in columns]
-    lines = [["", *heads], ["---"] * (len(columns) + 1)]
-    for name in rows:
-        cells = [found[task].get(name, {}).get(method, {}) for task, method in columns]
-        lines.append([name, *map(text_of, cells)])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    wanted = list(METHODS) if wanted == "*" else wanted.split(",")
+    cells = {}  # {(task, method, quantity): entry}
+    for task in tasks:
+        for name, row in numbers[task].get(part, {}).items():
+            cells |= {(task, method, name): row[method] for method in wanted if row.get(method)}
+    names = list(dict.fromkeys(name for *_, name in cells))
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(f"<!-- {kind}: {mark} -->: nothing that was measured is called "
+                             f"{pattern!r}")
+    names = [name for name in names if matches(name, patterns or ["*"])]
+    cells = {key: entry for key, entry in cells.items() if key[2] in names}
+    if not cells:
+        raise ValueError(f"<!-- {kind}: {mark} -->: none of these methods was measured")
+    if kind == "pivot":
+        return laid_out(*pivoted(cells, len(tasks) > 1, len(wanted) > 1))
+    if len(wanted) == 1:
+        return laid_out(*by_task(cells))
+    return laid_out(*by_method(cells, names, len(tasks) > 1))
+
+
+def matches(name, patterns):
+    """Is it one of these, or, in part f, what stands after the rule?"""
+    return any(fnmatchcase(text, pattern) for pattern in patterns
+               for text in (name, name.split(": ")[-1]))
+
+
+def by_task(cells):
+    """(rows, columns, {(row, column): text}): the quantities, the tasks."""
+    texts = {(name, task): number_of(entry["value"]) for (task, _, name), entry in cells.items()}
+    rows, columns = zip(*texts)
+    return rows, columns, texts
+
+
+def by_method(cells, names, several):
+    """The quantities (of each task, where there are several), the methods."""
+    texts = {}
+    tasks = dict.fromkeys(task for task, *_ in cells)
+    rows = [(task, name) for task in tasks for name in names]
+    measured = dict.fromkeys(method for _, method, _ in cells)
+    for task, name in rows:
+        row = f"{task}, {name}" if several else name
+        for method in measured:
+            entry = cells.get((task, method, name), {})
+            if FIRST not in measured or method == FIRST:
+                if "value" in entry:
+                    texts[row, method] = number_of(entry["value"])
+            elif "difference" in entry:
+                texts[row, f"{method} minus {FIRST}"] = number_of(entry["difference"], sign="+")
+    rows, columns = zip(*texts)
+    return rows, columns, texts
+
+
+def pivoted(cells, several_tasks, several_methods):
+    """The runs and rules, the quantities."""
+    texts = {}
+    for (task, method, name), entry in cells.items():
+        *row, what = name.split(": ")
+        if several_methods:
+            row = [method, *row]
+        if several_tasks:
+            row = [task, *row]
+        texts[", ".join(row or [method]), what] = number_of(entry["value"])
+    rows, columns = zip(*texts)
+    return rows, columns, texts
+
+
+def laid_out(rows, columns, texts):
+    rows, columns = dict.fromkeys(rows), dict.fromkeys(columns)
+    lines = line_of(["", *columns]) + line_of(["---"] * (len(columns) + 1))
+    return lines + "".join(line_of([row, *(texts.get((row, column), "") for column in columns)])
+                           for row in rows)
 
 
 def filled(text, numbers):
     def new(match):
-        return f"<!-- table: {match[1]} -->\n{table(match[1], numbers)}<!-- end -->\n"
+        kind, mark = match.groups()
+        return f"<!-- {kind}: {mark} -->\n{table(kind, mark, numbers)}<!-- end -->\n"
     return MARK.sub(new, text)
 
 
 def main():
     numbers = measured()
+    for task, found in numbers.items():
+        write_text(os.path.join(NOTES, "figures", f"{task}-sharpness.md"), all_tables(task, found))
     pages = sorted(glob.glob(os.path.join(NOTES, "*.md")))
     for path in [*pages, os.path.join(NOTES, "..", "README.md")]:
         with open(path, encoding="utf-8") as file:

@@ -114,9 +114,3 @@ def test_wrong_input_is_one_line(folder, monkeypatch, capsys, argv, message):
         ascent.main([*argv, "--device", "cpu", "--out", "nothing"])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and message in error and not os.path.exists("nothing")
-
-
-def test_digits_follow_the_error():
-    entry = lambda mean, error: {"mean": mean, "stderr": error}
-    assert ascent.text_of(entry(0.71234, 0.0123)) == "0.712 ± 0.012" and ascent.text_of(entry(0.0, 0.0)) == "0"
-    assert ascent.text_of(entry(12.34, 3.2)) == "12.3 ± 3.2" and ascent.text_of(entry(0.123456, None)) == "0.123"
