@@ -152,13 +152,12 @@ def tables(report):
     return "\n".join(text)
 
 
-def draw(report, curves, path):
+def draw(report, path):
     """c before the clip over the steps, mean over the seeds; dashed: predicted; dotted: rho."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    for i, (name, rows) in enumerate(curves.items()):
-        steps = np.arange(1, len(rows[0]) + 1)
-        axes.plot(steps, np.mean(rows, axis=0), color=f"C{i}", label=name)
+    for i, (name, values) in enumerate(report["curves"].items()):
+        axes.plot(range(1, len(values) + 1), values, color=f"C{i}", label=name)
         if name in report["predicted"]:
             ends, values = zip(*report["predicted"][name])
             axes.plot(ends, values, "--", color=f"C{i}")
@@ -172,7 +171,7 @@ def draw(report, curves, path):
 
 
 def study(runs, options):
-    """The report, {name of an ascent: c of each step, a list a seed}."""
+    """What is in OUT/TASK-ascent-c.json; "curves" has c of each step, the mean over the seeds."""
     groups = {}
     for run in runs:
         groups.setdefault(name_of(run), {})[run.seed] = run
@@ -191,9 +190,9 @@ def study(runs, options):
     aux_rank = runs[0].args.aux_rank
     predicted = [kept(run, {"aux_rank": aux_rank}, predict, aux_rank) for run in base.values()]
     report = {"task": runs[0].task, "metric": metric, "rho": None, "predicted": {}, "ascents": {},
+              "curves": {},
               "base": mean_stderr([scores[run.folder][metric] for run in base.values()]),
               "settings": {key: getattr(options, key) for key in SETTINGS}}
-    curves = {}
     for name, seeds in groups.items():
         found = [kept(run, {}, watch) for run in seeds.values()]
         rows = {key: mean_stderr([each[key] for each in found]) for key in found[0]
@@ -208,20 +207,21 @@ def study(runs, options):
                 (points[0][0], ratio * np.mean([value for _, value in points]).item())
                 for points in zip(*predicted)]
         report["ascents"][name], report["rho"] = rows, next(iter(seeds.values())).args.rho[-1]
-        curves[name] = [[row["perturbation"] for row in read_log(run)] for run in seeds.values()]
-    return report, curves
+        curves = [[row["perturbation"] for row in read_log(run)] for run in seeds.values()]
+        report["curves"][name] = np.mean(curves, axis=0).tolist()
+    return report
 
 
 def main(argv=None):
     parser, options = sharpness.parse_arguments(sys.argv[1:] if argv is None else argv)
     out = options.out or options.run[0]
     try:
-        report, curves = study(sharpness.load_runs(options), options)
+        report = study(sharpness.load_runs(options), options)
         path = os.path.join(out, f"{report['task']}-ascent-c")
         os.makedirs(out, exist_ok=True)
         write_text(path + ".json", json.dumps(report, indent=1))
         write_text(path + ".md", tables(report))
-        draw(report, curves, path + ".png")
+        draw(report, path + ".png")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(tables(report))

@@ -79,6 +79,8 @@ def test_what_is_measured_and_predicted(folder, monkeypatch, capsys):
         assert 1 <= rows["effective rank"]["mean"] <= 8 and rows["accuracy minus lora's"]["n"] == 2
     assert report["ascents"]["sgd, 1"]["steps clipped"]["mean"] == 0 < report["ascents"]["sgd, 500"]["steps clipped"]["mean"]
     last = [log[-1]["perturbation"] for log in logs["one"]]
+    curve = report["curves"]["sgd, 1"]
+    assert len(curve) == len(logs["one"][0]) and curve[-1] == pytest.approx(sum(last) / 2)
     assert report["ascents"]["sgd, 1"]["predicted c"]["mean"] == pytest.approx(sum(last) / 2, rel=0.1)
     assert report["ascents"]["sgd, 500"]["predicted c"]["mean"] == pytest.approx(
         500 * report["ascents"]["sgd, 1"]["predicted c"]["mean"])

@@ -23,6 +23,7 @@ import ascent  # noqa: E402
 import measures  # noqa: E402
 import memory  # noqa: E402
 import methods  # noqa: E402
+import pictures  # noqa: E402
 import sharpness  # noqa: E402
 import sweep  # noqa: E402
 import tables  # noqa: E402
@@ -182,6 +183,21 @@ def test_every_figure_is_in_a_note():
     """And no other file is left in notes/figures."""
     for name in os.listdir(os.path.join(NOTES, "figures")):
         assert any(f"figures/{name})" in text for text in (*PAGES.values(), README)), name
+
+
+def test_the_pictures_are_drawn_again(tmp_path, monkeypatch):
+    """Those that are there, from the JSON file alone."""
+    monkeypatch.setattr(pictures, "NOTES", str(tmp_path))
+    space = {"radii": [0.1, 0.5], "increase": [1.0, 7.0], "eigenvalue": 3.0, "residual": 0.25}
+    worst = {method: {"0": {"LoRA": space, "full": space}} for method in ("lora", "bi-lora")}
+    (tmp_path / "figures").mkdir()
+    text = json.dumps({"measured": {"a": {}, "c": worst}})
+    (tmp_path / "figures" / "x-sharpness.json").write_text(text)
+    picture = tmp_path / "figures" / "x-worst-case.png"
+    picture.write_bytes(b"old")
+    pictures.main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(list(picture.parent.iterdir())) == 2
 
 
 @pytest.mark.parametrize("mean, error, one, two", [
