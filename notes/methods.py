@@ -391,7 +391,7 @@ def two_pairs(run, closure):
     return METHODS["bi-lora"].step(run, negated)
 
 def no_clip(run, closure):
-    """Bi-LoRA without Eq. (10)."""
+    """Bi-LoRA without its clip."""
     return clipped_by(run, closure, lambda layers, rho: perturbation_norm(layers))
 
 def layer_clip(run, closure):
