@@ -339,10 +339,15 @@ def bar(run, closure, larger_gradient, alpha=0.25):
 
 # --------------------------------------------------------------- SAM on the head in closed form
 
-def head_sam(run, closure):
-    """SAM over the head's parameters alone, in one pass (head_logits)."""
-    change = partial(head_logits, rho=run.rho, bias=has_bias(run.model))
-    return {"loss": lora_step(run.descent, with_logits(change, closure)), "perturbation": run.rho}
+def head_sam(run, closure, relative=False):
+    """SAM over the head's parameters alone, in one pass (head_logits).  relative: a classifier's
+    radius is rho times the norm of the head's weight."""
+    rho = run.rho
+    if relative:
+        head = getattr(run.model.classifier, "out_proj", run.model.classifier)
+        rho = rho * head.weight.detach().norm()
+    change = partial(head_logits, rho=rho, bias=has_bias(run.model))
+    return {"loss": lora_step(run.descent, with_logits(change, closure)), "perturbation": rho}
 
 def bi_lora_head(run, closure):
     """Bi-LoRA, and head_sam's logits in the same pass."""
@@ -472,6 +477,7 @@ add({**METHODS,
      "nbar": Method(partial(bar, larger_gradient=True)),
      "looksam": Method(looksam), "esam": Method(esam), "s2sam": Method(s2sam),
      "wsam": Method(wsam), "head-sam": Method(head_sam, rho=0.1),
+     "head-sam-relative": Method(partial(head_sam, relative=True), rho=0.4),
      "bi-lora-head-sam": Method(bi_lora_head, auxiliary=True, rho=0.1),
      "two-pairs": Method(two_pairs, auxiliary=True), "no-clip": Method(no_clip, auxiliary=True),
      "layer-clip": Method(layer_clip, auxiliary=True),

@@ -422,6 +422,17 @@ def test_head_sam_is_sam_on_the_head_in_one_pass(kind):
                                    msg=lambda text: f"{name}: {text}")
 
 
+def test_the_relative_radius_is_a_share_of_the_heads_norm():
+    run, closure, head = script_run("classifier")
+    size = head.weight.norm().item()
+    assert float(take("head-sam-relative", run, closure)["perturbation"]) == pytest.approx(0.3 * size)
+    found = trained_gradients(run)
+    run, closure, _ = script_run("classifier", rho=0.3 * size)
+    take("head-sam", run, closure)
+    for name, expected in trained_gradients(run).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-8)
+
+
 def test_bi_lora_with_head_sam_perturbs_both():
     run, closure, head = script_run("classifier", aux_rank=2)
     take("bi-lora-head-sam", run, closure)
