@@ -68,8 +68,10 @@ class Config:
     pooler: bool = False            # tanh(dense(h)) between that and the classifier (BERT)
     dense_head: bool = False        # the classifier is dense, tanh, out_proj (RoBERTa)
     eps: float = 1e-5               # of the norms
-    dropout: float = 0.0            # of embeddings, sublayers and the pooled state
+    dropout: float = 0.0            # of embeddings and sublayers
     attention_dropout: float = 0.0  # of the attention weights
+    classifier_dropout: float = 0.0  # of what the classifier's linear layers read
+    more_dropout: bool = False      # `dropout` also inside the MLP and of the final states (T5)
     checkpointing: bool = False     # less memory in training: compute each block a second time
     num_labels: int | None = None   # outputs of the classifier; None: no classifier
     pad_id: int = 0
@@ -121,11 +123,12 @@ class MLP(nn.Module):
         self.gate = nn.Linear(config.d_model, config.d_ff, config.bias) if config.gated else None
         self.down = nn.Linear(config.d_ff, config.d_model, config.bias)
         self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.dropout) if config.more_dropout else nn.Identity()
 
     def forward(self, x):
-        if self.gate is None:
-            return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        h = self.up(x)                                                              # (B, L, d_ff)
+        h = self.activation(h) if self.gate is None else self.activation(self.gate(x)) * h
+        return self.down(self.dropout(h))
 
 class Block(nn.Module):
     """Self-attention, with `cross` attention to a memory, and an MLP, each with a residual."""
@@ -198,7 +201,7 @@ class Stack(nn.Module):
                 block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, mask, causal, rotation, memory, memory_mask, lists)        # (B, L, D)
         x = self.final_norm(x)
-        return self.dropout(x) if config.positions == "relative" else x
+        return self.dropout(x) if config.more_dropout else x
 
     def attention_mask(self, mask, past, plain):
         """(True where a query sees a key, or a bias of the scores, or None; is_causal)."""
@@ -265,9 +268,11 @@ class Transformer(nn.Module):
         self.pooler = nn.Linear(D, D) if config.pooler else None
         if config.num_labels is not None:
             self.classifier = nn.Linear(D, config.num_labels)
+            self.head_dropout = nn.Dropout(config.classifier_dropout)
         if config.num_labels is not None and config.dense_head:
-            layers = OrderedDict(dense=nn.Linear(D, D), tanh=nn.Tanh(), out_proj=self.classifier)
-            self.classifier = nn.Sequential(layers)
+            self.classifier = nn.Sequential(OrderedDict(
+                dense=nn.Linear(D, D), tanh=nn.Tanh(), dropout=self.head_dropout,
+                out_proj=self.classifier))
         for _, module in self.named_modules(remove_duplicate=False):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -286,7 +291,7 @@ class Transformer(nn.Module):
         if self.classifier is None:
             return h
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.classifier(self.encoder.dropout(self.pool(h, mask)))            # (B, labels)
+        return self.classifier(self.head_dropout(self.pool(h, mask)))               # (B, labels)
 
     def hidden(self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None):
         """The last stack's final states, (B, L or T, D), which `pool` and `logits` read."""
@@ -466,14 +471,15 @@ DROPPED = re.compile(  # tensors of a checkpoint that no model here has
 def bert_config(raw, roberta=False):
     only(raw, position_embedding_type=["absolute"], is_decoder=[False], add_cross_attention=[False])
     pad_id, length = raw.get("pad_token_id", 1 if roberta else 0), raw["max_position_embeddings"]
-    offset = pad_id + 1 if roberta else 0
+    offset, dropout = pad_id + 1 if roberta else 0, raw.get("hidden_dropout_prob", 0.1)
     return Config(
         vocab_size=raw["vocab_size"], max_length=length - offset, position_offset=offset,
         d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
         heads=raw["num_attention_heads"], encoder_layers=raw["num_hidden_layers"],
         token_types=raw.get("type_vocab_size", 2), norm_first=False, embedding_norm=True,
         activation=raw.get("hidden_act", "gelu"), eps=raw.get("layer_norm_eps", 1e-12),
-        dropout=raw.get("hidden_dropout_prob", 0.1), pad_id=pad_id, pooler=not roberta,
+        dropout=dropout, classifier_dropout=raw.get("classifier_dropout", dropout),
+        pad_id=pad_id, pooler=not roberta,
         attention_dropout=raw.get("attention_probs_dropout_prob", 0.1), dense_head=roberta)
 
 def t5_config(raw):
@@ -490,6 +496,7 @@ def t5_config(raw):
         relative_distance=raw.get("relative_attention_max_distance", 128),
         norm="rms", eps=raw.get("layer_norm_epsilon", 1e-6), qkv_bias=False, bias=False,
         attention_scale=1.0, gated=gated, activation=activation, tied=tied, dropout=dropout,
+        more_dropout=True,
         logit_scale=raw["d_model"] ** -0.5 if raw.get("scale_decoder_outputs", tied) else 1.0,
         attention_dropout=dropout, pad_id=raw.get("pad_token_id", 0),
         start_id=raw.get("decoder_start_token_id", 0), eos_id=raw.get("eos_token_id", 1))

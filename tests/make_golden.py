@@ -7,7 +7,7 @@ transformers and PEFT are needed here alone, for the tests read the files.  Each
 model.safetensors, an adapter that PEFT saved, and expected.pt: rows of token ids, the logits of every token (of the row,
 for a classifier) without and with the adapter and, where there is a decoder, the tokens of greedy generation.  On the way
 the script loads into PEFT what bilora.py saves, from our models and from transformers' own, and into transformers the
-merged checkpoint; it stops where a logit differs.
+merged checkpoint; it stops where a logit differs.  training.pt holds logits in training mode, with the dropout masks of one seed.
 """
 
 import os
@@ -46,6 +46,11 @@ FAMILIES = {
                                                   "tie_word_embeddings": True}),
 }
 NEW_TOKENS = 10
+ENCODERS_DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+TRAINING = [  # (family, its rates of dropout): one rate a kind
+    ("bert", {**ENCODERS_DROPOUT, "classifier_dropout": 0.4}), ("roberta", {**ENCODERS_DROPOUT, "classifier_dropout": 0.4}),
+    ("bert", ENCODERS_DROPOUT), ("roberta", ENCODERS_DROPOUT), ("t5", {"dropout_rate": 0.3}), ("flan-t5", {"dropout_rate": 0.3}),
+    ("llama2", {"attention_dropout": 0.2}), ("llama3", {"attention_dropout": 0.2}), ("qwen2", {"attention_dropout": 0.2})]
 
 
 # what PEFT adapts, and the same layers by our names
@@ -153,6 +158,21 @@ def remove_all_but(folder, *names):
 
 
 @torch.no_grad()
+def write_training():
+    """What a model in training mode gives for ROWS in one batch, right after torch.manual_seed(0)."""
+    recorded = []
+    for name, rates in TRAINING:
+        model_class, _, settings = FAMILIES[name]
+        model = getattr(transformers, model_class).from_pretrained(os.path.join(HERE, name), attn_implementation="eager", **rates)
+        ids, mask = padded("right", settings.get("pad_token_id") or 0)
+        decoded = {"decoder_input_ids": DECODED} if "t5" in name else {}
+        torch.manual_seed(0)
+        logits = model.train()(input_ids=ids, attention_mask=mask, **decoded).logits
+        recorded.append((name, rates, logits if "bert" in name or decoded else logits[mask.bool()]))
+    torch.save(recorded, os.path.join(HERE, "training.pt"))
+
+
+@torch.no_grad()
 def write_minilm(folder):
     """Real weights: the pooled output of two sentences in one batch, padded on the right."""
     sentences = ["A man is playing a guitar.", "The bank raised its rates, to nobody's surprise."]
@@ -167,4 +187,5 @@ if __name__ == "__main__":
     shutil.rmtree(HERE, ignore_errors=True)
     for family, entry in FAMILIES.items():
         write(family, *entry)
+    write_training()
     write_minilm(os.environ["MINILM"])

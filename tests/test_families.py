@@ -466,3 +466,19 @@ def test_damaged_checkpoints(tmp_path):
 def test_a_decoder_has_no_classifier():
     with pytest.raises(ValueError, match="num_labels is 2, but a model with a decoder"):
         Transformer.from_pretrained(os.path.join(GOLDEN, "t5"), num_labels=2)
+
+
+TRAINING = torch.load(os.path.join(GOLDEN, "training.pt"), weights_only=True)
+
+
+@pytest.mark.parametrize("name, rates, expected", TRAINING, ids=[f"{name}-{len(rates)}" for name, rates, _ in TRAINING])
+@torch.no_grad()
+def test_dropouts_are_those_of_transformers(tmp_path, name, rates, expected):
+    """The same seed gives the same logits in training mode: number, place and rate of every dropout agree."""
+    labels = 3 if "bert" in name else None
+    model, (_, golden) = Transformer.from_pretrained(edited(tmp_path, name, rates), num_labels=labels), load(name)
+    batch, keep = padded(model, golden["rows"], "right")
+    torch.manual_seed(0)
+    found = model.train()(**batch)[keep]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (expected - golden["logits"]).abs().max() > 0.01  # something was dropped

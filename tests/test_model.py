@@ -137,7 +137,7 @@ def test_every_dropout_acts_in_training_and_none_in_eval(norm_first):
     model, ids = encoder(num_labels=2, norm_first=norm_first), torch.randint(1, 50, (4, 9))
     clean = model(ids)
     modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    assert len(modules) == 1 + 2 * 2  # the embeddings'; in two blocks the attention's and the sublayers'
+    assert len(modules) == 1 + 2 * 2 + 1  # the embeddings'; in two blocks the attention's and the sublayers'; the head's
     for module in modules:
         module.p = 0.5
         assert not torch.allclose(model.train()(ids), clean)
