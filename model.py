@@ -234,12 +234,14 @@ def relative_bucket(distance, causal, buckets, most):
 
 def rotary(config, place, dtype):
     """Cosines and sines of each position's angles, (B or 1, 1, L, E / 2) each."""
-    E = config.head_dim or config.d_model // config.heads
-    inverse = config.rope_theta ** (-torch.arange(0, E, 2, device=place.device).float() / E)
-    if config.rope_scaling:
-        inverse = llama3_scaling(inverse, **config.rope_scaling)
-    angles = place[:, None, :, None].float() * inverse
+    angles = place[:, None, :, None].float() * frequencies(config, place.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+def frequencies(config, device=None):
+    """Radians a position of each pair of a head's numbers, (E / 2,)."""
+    E = config.head_dim or config.d_model // config.heads
+    f = config.rope_theta ** (-torch.arange(0, E, 2, device=device).float() / E)
+    return llama3_scaling(f, **config.rope_scaling) if config.rope_scaling else f
 
 def llama3_scaling(f, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
     """Of the frequencies f, low ones divided by `factor`, high ones kept, those between blended."""
@@ -377,7 +379,7 @@ class Transformer(nn.Module):
             layers = max(config.encoder_layers, config.decoder_layers)
             require(layers <= len(found), f"{len(found)} tensors; config.json has {layers} layers")
             names = module_names(config, family)
-            tensors = rename_tensors(found, family, names)
+            tensors = rename_tensors(found, config, family, names)
             head = tensors.get("lm_head.weight")
             tokens = tensors.get("encoder.tokens.weight", tensors.get("decoder.tokens.weight"))
             if head is not None and tokens is not None and not torch.equal(head, tokens):
@@ -464,9 +466,14 @@ LLAMA_MODULES = [
         "mlp.down_proj": "mlp.down", "input_layernorm": "attention_norm",
         "post_attention_layernorm": "mlp_norm"}),
 ]
-DROPPED = re.compile(  # tensors of a checkpoint that no model here has
-    r"^cls\.|^lm_head\.(dense|layer_norm|decoder|bias)|position_ids$|embed_tokens\.weight$|"
-    r"rotary_emb\.inv_freq$|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
+BERT_SPARE = (r"cls\.|lm_head\.(dense|layer_norm|decoder|bias)",  # guesses masked words
+              r"(\w+\.)?embeddings\.position_ids$")
+T5_SPARE = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
+            r"(en|de)coder\.embed_tokens\.weight$")
+LLAMA_SPARE = ("$", r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$")
+SPARE = {  # model_type: names of tensors that nothing reads; of those that say a thing again
+    "bert": BERT_SPARE, "roberta": BERT_SPARE, "t5": T5_SPARE, "llama": LLAMA_SPARE,
+    "qwen2": LLAMA_SPARE}
 
 def bert_config(raw, roberta=False):
     only(raw, position_embedding_type=["absolute"], is_decoder=[False], add_cross_attention=[False])
@@ -616,18 +623,33 @@ def checkpoint_files(folder):
     paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name[0] != "."]
     return [path for path in paths if os.path.isfile(path)]
 
-def rename_tensors(tensors, family, names):
-    """{our parameter name: tensor}; what no model here has is left out, the unknown is refused."""
-    renamed, (_, _, prefix, _) = {}, FAMILIES[family]
+def rename_tensors(tensors, config, family, names):
+    """{our parameter name: tensor}; what SPARE has is left out, the unknown is refused."""
+    renamed, (_, _, prefix, _), (unread, again) = {}, FAMILIES[family], SPARE[family]
     for key, tensor in tensors.items():
         module, _, last = key.rpartition(".")
         last = {"gamma": "weight", "beta": "bias"}.get(last, last)
         ours = names.get(module, names.get(prefix + module))
-        require(ours is not None or DROPPED.search(key), f"{key} is unexpected")
         require(f"{ours}.{last}" not in renamed, f"{key} is there under two names")
         if ours is not None:
             renamed[f"{ours}.{last}"] = tensor
+        elif re.match(again, key):
+            require(says_again(tensor, key, tensors, config), f"{key} is not what the model has")
+        else:
+            require(re.match(unread, key), f"{key} is unexpected")
     return renamed
+
+def says_again(tensor, key, tensors, config):
+    """Whether a tensor of SPARE is what stands in for it: places, frequencies, or embeddings."""
+    if key.endswith("position_ids"):
+        return bool((tensor.flatten() == torch.arange(tensor.numel())).all())
+    if key.endswith("inv_freq"):
+        f = frequencies(config).double()
+        if tensor.shape != f.shape or not tensor.is_floating_point():
+            return False
+        kind = torch.finfo(tensor.dtype)  # to which it may have been rounded
+        return torch.allclose(tensor.double(), f, kind.eps + 1e-5, kind.eps * kind.tiny)
+    return torch.equal(tensor, tensors.get("shared.weight", tensor))
 
 def fit_tensors(tensors, expected):
     """Draw a classifier where none fits, then ValueError for the first tensor that does not."""

@@ -482,3 +482,62 @@ def test_dropouts_are_those_of_transformers(tmp_path, name, rates, expected):
     found = model.train()(**batch)[keep]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (expected - golden["logits"]).abs().max() > 0.01  # something was dropped
+
+
+def with_tensors(tmp_path, name, **tensors):
+    """A copy of a family's folder whose file of weights has more tensors, or others."""
+    folder = edited(tmp_path, name, {})
+    old = read_safetensors(folder / "model.safetensors")
+    write_safetensors(folder / "model.safetensors", {**old, **{key.replace("__", "."): t for key, t in tensors.items()}})
+    return folder
+
+
+PLACES, EMBEDDING = torch.arange(16)[None], torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+POSITION_IDS, INV_FREQ = "bert__embeddings__position_ids", "model__layers__1__self_attn__rotary_emb__inv_freq"
+
+
+def inverse_frequencies(name):
+    """Of the golden Llamas, in float64 and by the formula: theta ** (-2 i / head_dim), Llama 3's ones scaled."""
+    theta, size = (500.0, 6) if name == "llama3" else (1e4, 2 if name == "qwen2" else 4)
+    f = theta ** (-torch.arange(0, size, 2).double() / size)
+    return llama3_scaling(f, 8.0, 1.0, 4.0, 32) if name == "llama3" else f
+
+
+@pytest.mark.parametrize("name, key, tensor", [
+    ("bert", POSITION_IDS, PLACES), ("bert", POSITION_IDS, PLACES[0].int()), ("roberta", "roberta__embeddings__position_ids", PLACES),
+    *[(name, INV_FREQ, inverse_frequencies(name).to(dtype)) for name in ("llama2", "llama3", "qwen2")
+      for dtype in (torch.float32, torch.float16, torch.bfloat16)],
+    ("llama2", "model__rotary_emb__inv_freq", inverse_frequencies("llama2")),
+    ("t5", "decoder__block__0__layer__1__EncDecAttention__relative_attention_bias__weight", torch.randn(32, 2)),
+    ("bert", "cls__predictions__bias", torch.randn(40)), ("roberta", "lm_head__dense__weight", torch.randn(8, 8)),
+    ("roberta", "lm_head__bias", torch.randn(40)), ("roberta", "roberta__pooler__dense__weight", torch.randn(8, 8))])
+def test_spare_tensors_are_left_out(tmp_path, name, key, tensor):
+    """They say a thing again, or belong to a head that no model here has; transformers reads none of them either."""
+    found = Transformer.from_pretrained(with_tensors(tmp_path, name, **{key: tensor}), num_labels=3 if "bert" in name else None)
+    expected = load(name)[0].state_dict()
+    assert found.state_dict().keys() == expected.keys()
+    assert all(torch.equal(found.state_dict()[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_t5s_copies_of_its_embeddings_are_compared(tmp_path, stack):
+    """A stack with embeddings of its own is another model; an equal copy, also one that is rounded less, is left out."""
+    key, shared = f"{stack}__embed_tokens__weight", read_safetensors(os.path.join(GOLDEN, "t5", "model.safetensors"))["shared.weight"]
+    Transformer.from_pretrained(with_tensors(tmp_path / "same", "t5", **{key: shared.double()}))
+    with pytest.raises(ValueError, match=rf"model.safetensors: {stack}.embed_tokens.weight is not what the model has"):
+        Transformer.from_pretrained(with_tensors(tmp_path / "other", "t5", **{key: EMBEDDING}))
+
+
+@pytest.mark.parametrize("name, key, tensor", [
+    ("bert", POSITION_IDS, PLACES.flip(1)), ("roberta", "roberta__embeddings__position_ids", PLACES + 1),
+    ("llama2", INV_FREQ, inverse_frequencies("llama2") * 1.001), ("llama2", INV_FREQ, torch.ones(3)),
+    ("llama2", INV_FREQ, torch.ones(2).long()), ("llama3", INV_FREQ, 500.0 ** (-torch.arange(0, 6, 2) / 6)),
+    *[(name, key, torch.ones(40)) for name in ("llama3", "t5", "flan-t5") for key in ("lm_head__bias", "cls__bias", "classifier__bias")],
+    ("bert", "lm_head__weight", EMBEDDING), ("bert", "bert__embed_tokens__weight", EMBEDDING), ("bert", INV_FREQ, torch.ones(2)),
+    ("llama2", "extra__embed_tokens__weight", EMBEDDING), ("llama2", "model__position_ids", PLACES), ("t5", INV_FREQ, torch.ones(2)),
+    ("t5", "decoder__block__1__layer__1__EncDecAttention__relative_attention_bias__weight", torch.ones(32, 2)),
+    ("llama3", "score__weight", torch.ones(3, 8)), ("t5", "classification_head__dense__weight", torch.ones(8, 8))])
+def test_tensors_that_would_change_the_model_are_refused(tmp_path, name, key, tensor):
+    with pytest.raises(ValueError) as caught:
+        Transformer.from_pretrained(with_tensors(tmp_path, name, **{key: tensor}))
+    assert f"model.safetensors: {key.replace('__', '.')} is" in str(caught.value)
