@@ -802,6 +802,25 @@ def read_vocab(path):
         handle_chinese_chars=raw.get("tokenize_chinese_chars", True))
     return Tokenizer.from_str(pieces.to_str())
 
+def encode_texts(tokenizer, texts, ends=(), template=True):
+    """[(token ids, segment ids)] of each text or pair of texts; from here on `tokenizer` pads nothing.
+
+    ends: tokens that end a text.  One that the tokenizer's template puts after a text is taken
+    off: a decoder alone goes on from there.  template: whether the tokenizer adds its own tokens.
+    ValueError where it fails, or gives no token.
+    """
+    rows = []
+    tokenizer.no_padding()
+    for start in range(0, len(texts), 1000):  # few at a time: tokenizers keeps more than the ids
+        part = texts[start:start + 1000]
+        with naming("the tokenizer"):
+            found = tokenizer.encode_batch(part, add_special_tokens=template)
+        for text, row in zip(part, found):
+            end = -1 if template and row.ids and row.ids[-1] in ends else None
+            require(row.ids[:end], f"the tokenizer: no token for {text!r}")
+            rows.append((row.ids[:end], row.type_ids[:end]))
+    return rows
+
 def require_room(config, source, tokens, segments, lengths):
     """ValueError for a token, a segment or a length that the model has no place for.
 

@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from bilora import (add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
                     clip_perturbation_, lora_sam_step, lora_step, primary_parameters, save_adapter)
-from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder,
-                   read_config, read_json, require_room, write_safetensors, write_text)
+from model import (Transformer, as_list, checkpoint_files, encode_texts, load_tokenizer,
+                   local_folder, read_config, read_json, require_room, write_safetensors, write_text)
 
 
 # --------------------------------------------------------------------------------------- methods
@@ -327,7 +327,7 @@ def load(args):
     files.  A row is (token ids, segment ids, label).  ValueError or OSError where that fails."""
     task, source = TASKS[args.task], local_folder(args.model, args.revision)
     (config, _), tokenizer = read_config(source), load_tokenizer(source)
-    pad_id, prompt, answers = tokenizer.padding["pad_id"], None, []
+    prompt, ends, answers = None, [], []
     lengths = {f"--max-length is {args.max_length}": args.max_length}
     folder = data_folder(args, task)
     paths = [os.path.join(folder, name + ".tsv") for name in ("train", *task.dev)]
@@ -338,12 +338,13 @@ def load(args):
         prompt = task.prompt
         answers = encode_answers(tokenizer, task.answers.split(), config.eos_id)
         if not config.encoder_layers:  # it reads the answer too, but for its last token
+            ends = as_list(config.eos_id)
             lengths["--max-length and an answer"] = args.max_length + max(map(len, answers)) - 1
-    rows, *dev = [encode(tokenizer, part, prompt, args.max_length) for part in texts]
+    rows, *dev = [encode(tokenizer, part, prompt, args.max_length, ends) for part in texts]
     tokens, segments, _ = zip(*rows, *(row for part in dev for row in part))
-    require_room(config, source, [[pad_id], *tokens, *answers], segments, lengths)
+    require_room(config, source, [*tokens, *answers], segments, lengths)
     data = SimpleNamespace(task=task, rows=rows, sets=dict(zip(task.dev, dev)), answers=answers,
-                           pad_id=pad_id, source=source, majority={},
+                           pad_id=config.pad_id, source=source, majority={},
                            files=[*paths, *checkpoint_files(source)])
     label = statistics.mode(label for *_, label in rows)
     for name, part in data.sets.items():
@@ -382,29 +383,25 @@ def decode(line, where):
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8: {error}") from None
 
-def encode(tokenizer, rows, prompt, max_length):
+def encode(tokenizer, rows, prompt, max_length, ends=()):
     """[(token ids, segment ids, label)], truncated to max_length: a prompt, which ends in the
-    question, from its beginning, sentences from their end."""
+    question, from its beginning, sentences from their end.  ends: those of encode_texts."""
     special = tokenizer.num_special_tokens_to_add(prompt is None and len(rows[0][0]) > 1)
     if max_length <= special:
         raise ValueError(f"--max-length is {max_length}; expected more than the {special} special "
                          "tokens of a row")
-    tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, direction="left" if prompt else "right")
     if prompt:
         texts = [prompt.format(*text) for text, _ in rows]
     else:
         texts = [text if len(text) > 1 else text[0] for text, _ in rows]
-    encoded = tokenizer.encode_batch(texts)
-    for row, text in zip(encoded, texts):
-        if not row.ids:
-            raise ValueError(f"the tokenizer gives no token for {text!r}")
-    return [(row.ids, row.type_ids, label) for row, (_, label) in zip(encoded, rows)]
+    encoded = encode_texts(tokenizer, texts, ends)
+    return [(ids, types, label) for (ids, types), (_, label) in zip(encoded, rows)]
 
 def encode_answers(tokenizer, words, eos_id):
     """Token ids of each class's answer, the end of the sequence included."""
-    end = as_list(eos_id)[:1]
-    answers = [tokenizer.encode(word, add_special_tokens=False).ids + end for word in words]
+    encoded = encode_texts(tokenizer, words, template=False)
+    answers = [ids + as_list(eos_id)[:1] for ids, _ in encoded]
     if len(set(map(tuple, answers))) < len(answers):
         raise ValueError(f"the tokenizer gives two of {', '.join(words)} the same tokens")
     return answers

@@ -23,8 +23,8 @@ from types import SimpleNamespace
 import torch
 from huggingface_hub import hf_hub_download
 
-from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder,
-                   read_config, require_room)
+from model import (Transformer, as_list, checkpoint_files, encode_texts, load_tokenizer,
+                   local_folder, read_config, require_room)
 from train_glue import (METHODS, answer_losses, compare, fetch, finish_run, parse_arguments,
                         plan_batches, prepare, save_state)
 
@@ -159,8 +159,6 @@ def load(args):
         raise ValueError(f"{os.path.join(source, 'config.json')}: no eos_token_id; expected one: "
                          "an answer has to end")
     tokenizer = load_tokenizer(source)
-    pad_id = tokenizer.padding["pad_id"]
-    tokenizer.no_padding()
     train_file = data_file(args, METAMATH if args.task == "metamath" else "train.jsonl")
     test_file = data_file(args, "test.jsonl")
     if args.task == "metamath":
@@ -177,33 +175,20 @@ def load(args):
     tokens = [ids for row in [*rows, *tests] for ids in row[:2]]
     row = max(len(prompt) + len(answer) for prompt, answer, _ in rows) - 1  # the end is not read
     prompt = max(len(prompt) for prompt, *_ in tests) + args.max_new_tokens - 1
-    require_room(config, source, [[pad_id], *tokens], [[0]], {
+    require_room(config, source, tokens, [[0]], {
         "the longest row": row, "the longest prompt and --max-new-tokens": prompt})
-    return SimpleNamespace(rows=rows, sets={"test": tests}, tokenizer=tokenizer, pad_id=pad_id,
-                           files=[train_file, test_file, *checkpoint_files(source)],
-                           source=source, majority={})
+    return SimpleNamespace(rows=rows, sets={"test": tests}, tokenizer=tokenizer, majority={},
+                           pad_id=config.pad_id, source=source,
+                           files=[train_file, test_file, *checkpoint_files(source)])
 
 def encode(tokenizer, rows, eos_id):
     """[(prompt ids, answer ids, the number asked for)] of [(question, answer)].  The only place
     that knows the format.  The prompt is tokenized by itself: no token spans its end."""
-    examples, ends = [], as_list(eos_id)
-    for start in range(0, len(rows), 1000):  # few at a time: tokenizers keeps more than the ids
-        part = rows[start:start + 1000]
-        texts = [f"Q: {question}\nA: " for question, _ in part]
-        try:
-            prompts = tokenizer.encode_batch(texts)
-            answers = tokenizer.encode_batch([row[1] for row in part], add_special_tokens=False)
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ValueError(f"the tokenizer: {error}") from None
-        for prompt, answer, (_, text) in zip(prompts, answers, part):
-            ids = prompt.ids
-            if ids and ids[-1] in ends:  # some tokenizers end every text
-                ids = ids[:-1]
-            if not ids or not answer.ids:
-                raise ValueError("the tokenizer gives no token for a question or for its answer "
-                                 f"{text[-60:]!r}")
-            examples.append((ids, answer.ids + ends[:1], extract_answer(text)))
-    return examples
+    ends = as_list(eos_id)
+    prompts = encode_texts(tokenizer, [f"Q: {question}\nA: " for question, _ in rows], ends)
+    answers = encode_texts(tokenizer, [answer for _, answer in rows], template=False)
+    return [(prompt, answer + ends[:1], extract_answer(text))
+            for (prompt, _), (answer, _), (_, text) in zip(prompts, answers, rows)]
 
 def data_file(args, name):
     """Path of a data file: in --data, or downloaded once into the cache."""

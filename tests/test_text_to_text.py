@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import train_glue
+import train_gsm8k
 from bilora import add_lora, load_adapter
 from model import Transformer, load_tokenizer, read_safetensors
 from test_train_glue import MRPC, PAPERS, arguments, data_of, error_of, losses
@@ -203,3 +204,42 @@ def test_a_task_without_a_prompt_needs_an_encoder(folders, capsys):
     (folders / "data" / "dev.tsv").write_text("a\t1\t\ta b\n")
     error = error_of(capsys, [*RUN, "--model", "llama3", "--task", "demo"])
     assert "demo has no prompt; expected an encoder" in error
+
+def test_prompts_of_both_scripts_are_one_functions(folders):
+    """With a template that ends every text, a decoder's prompt does not end; T5's does."""
+    path = folders / "llama3" / "tokenizer.json"
+    made = tokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[PAD] $A </s>", special_tokens=[("[PAD]", 0), ("</s>", 5)])
+    made.save(str(path))
+    sentences, question = "a b", "Q: a b\nA: "
+    prompt = SAME.format(sentences, sentences)
+    rows = encode(made, [((sentences, sentences), 1)], SAME, 40, [5, 6])
+    ((found, _, _),) = train_gsm8k.encode(made, [(sentences, "e #### 5")], [5, 6])
+    for ids, text in ((rows[0][0], prompt), (found, question)):
+        assert ids == made.encode(text).ids[:-1] and ids[0] == 0 and ids[-1] != 5
+    assert encode(made, [((sentences, sentences), 1)], SAME, 6, [5, 6])[0][0] == [0, *rows[0][0][-4:]]
+    data = loaded([*RUN, "--model", "llama3"])
+    assert all(ids[0] == 0 and ids[-1] != 5 for part in (data.rows, data.sets["dev"]) for ids, *_ in part)
+    assert {ids[-1] for ids, *_ in loaded([*RUN, "--model", "t5"]).rows} == {1}
+
+def test_a_tokenizer_that_fails_is_one_line(folders, capsys):
+    made = tokenizer()
+    made.model = models.WordLevel({"[PAD]": 0}, unk_token="[UNK]")
+    made.save(str(folders / "llama3" / "tokenizer.json"))
+    assert "the tokenizer: WordLevel error: Missing [UNK]" in error_of(capsys, [*RUN, "--model", "llama3"])
+    with pytest.raises(ValueError, match="the tokenizer: no token for 'x'"):
+        train_glue.encode_answers(Tokenizer(models.BPE()), ["x"], 1)
+
+@pytest.mark.parametrize("family, pad", [("llama3", "<pad>"), ("t5", "[PAD]")])
+def test_the_padding_token_needs_no_embedding(folders, family, pad):
+    """Padding is masked: a tokenizer whose padding id is the size of the vocabulary trains as any other."""
+    main([*RUN, "--model", family, "--method", "lora", "--out", "first"])
+    path = folders / family / "tokenizer.json"
+    made = Tokenizer.from_file(str(path))
+    words = {word: i for word, i in made.get_vocab().items() if word != "[PAD]"}
+    made.model = models.WordLevel({**words, pad: 40}, unk_token="[UNK]")
+    made.save(str(path))
+    assert load_tokenizer(folders / family).padding["pad_id"] == 40
+    main([*RUN, "--model", family, "--method", "lora", "--out", "second"])
+    assert losses(folders / "first/lora-seed0") == losses(folders / "second/lora-seed0")

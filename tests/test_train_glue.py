@@ -790,3 +790,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(glue_folder, monkeypatch
     monkeypatch.setattr(train_glue.F, "cross_entropy", nan)
     with pytest.raises(SystemExit, match="^error: bi-lora, seed 3: .*step 1.*loss is nan[^\n]*$"):
         main([*RUN, "--method", "bi-lora", "--seeds", "3"])
+
+def test_the_padding_token_needs_no_embedding(glue_folder):
+    """Padding is masked: its id may be the size of the vocabulary."""
+    main([*ONE, "--epochs", "1", "--out", "first"])
+    text = (glue_folder / "bert/tokenizer.json").read_text()
+    write(glue_folder / "bert/tokenizer.json", re.sub(r'"\[PAD\]": ?0', '"[PAD]": 50', text))
+    assert model_file.load_tokenizer("bert").padding["pad_id"] == 50
+    main([*ONE, "--epochs", "1", "--out", "second"])
+    assert losses(glue_folder / "first/lora-seed0") == losses(glue_folder / "second/lora-seed0")

@@ -428,3 +428,17 @@ def test_rows_that_are_too_long_are_left_out(folders, capsys):
     long = sum(len(row["question"].split()) + 2 + 3 + 1 > 10 for row in train)
     message = f"data/train.jsonl: {long} rows of more than 10 tokens are left out"
     assert message in capsys.readouterr().out and 0 < long < 21
+
+
+def test_the_padding_token_needs_no_embedding(folders):
+    """The tokenizer's padding id is the size of the vocabulary: the run is that of any other one."""
+    short = [*RUN, "--method", "lora", "--epochs", "1", "--eval-limit", "5"]
+    main([*short, "--out", "first"])
+    ids = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = words_tokenizer(WORDS)
+    tokenizer.model = models.WordLevel({**ids, "<pad>": 40}, unk_token="<unk>")
+    tokenizer.save(str(folders / "llama" / "tokenizer.json"))
+    main([*short, "--out", "second"])
+    first, second = (folders / out / "lora-seed0" for out in ("first", "second"))
+    assert losses(first) == losses(second)
+    assert jsonl(first / "predictions.jsonl") == jsonl(second / "predictions.jsonl")
