@@ -18,7 +18,6 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import get_args
 
 import torch
 import torch.nn as nn
@@ -26,7 +25,6 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch.utils.checkpoint import checkpoint
-
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):  # rounds to x's dtype before it multiplies, as T5 and Llama do
@@ -64,8 +62,7 @@ class Config:
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     tied: bool = True               # the output head is the embedding
     logit_scale: float = 1.0        # of the output head's input (T5 v1.0: d_model ** -0.5)
-    pooling: str = "first"          # the classifier sees the "first" token or the tokens' "mean"
-    pooler: bool = False            # tanh(dense(h)) between that and the classifier (BERT)
+    pooler: bool = False            # tanh(dense(h)) of the first token, for the classifier (BERT)
     dense_head: bool = False        # the classifier is dense, tanh, out_proj (RoBERTa)
     eps: float = 1e-5               # of the norms
     dropout: float = 0.0            # of embeddings and sublayers
@@ -74,6 +71,7 @@ class Config:
     more_dropout: bool = False      # `dropout` also inside the MLP and of the final states (T5)
     checkpointing: bool = False     # less memory in training: compute each block a second time
     num_labels: int | None = None   # outputs of the classifier; None: no classifier
+    labels: list = field(default_factory=list)  # their classes' names; empty: not known
     pad_id: int = 0
     start_id: int = 0               # first token of an encoder-decoder's decoder
     eos_id: int | list | tuple | None = None
@@ -259,11 +257,10 @@ class Transformer(nn.Module):
         super().__init__()
         check_config(config)
         self.config, self.module_names = config, {}  # {module: its name in the checkpoint}
-        self.encoder = self.decoder = self.lm_head = self.classifier = None
+        self.decoder = self.lm_head = self.classifier = None
         D, both = config.d_model, config.encoder_layers > 0
         tokens = nn.Embedding(config.vocab_size, D)
-        if config.encoder_layers:
-            self.encoder = Stack(config, config.encoder_layers, tokens)
+        self.encoder = Stack(config, config.encoder_layers, tokens) if both else None
         if config.decoder_layers:
             self.decoder = Stack(config, config.decoder_layers, tokens, causal=True, cross=both)
             self.lm_head = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
@@ -285,8 +282,7 @@ class Transformer(nn.Module):
         """(B, L or T, V) logits where there is a decoder, else (B, num_labels), or the states
         (B, L, D) without a classifier.  Padding, on either side, changes nothing for the tokens.
         input_ids, token_type_ids, attention_mask (1 for a token, 0 for padding): (B, L).
-        decoder_input_ids, for an encoder-decoder: (B, T).  ValueError for an empty batch.
-        """
+        decoder_input_ids, for an encoder-decoder: (B, T).  ValueError for an empty batch."""
         h = self.hidden(input_ids, attention_mask, token_type_ids, decoder_input_ids)
         if self.decoder is not None:
             return self.logits(h)
@@ -309,10 +305,7 @@ class Transformer(nn.Module):
 
     def pool(self, h, mask):
         """What the classifier reads, (B, D), of the encoder's states (B, L, D) and mask (B, L)."""
-        if self.config.pooling == "mean":
-            pooled = (h * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)      # (B, D)
-        else:
-            pooled = h[torch.arange(len(h), device=h.device), mask.int().argmax(1)]
+        pooled = h[torch.arange(len(h), device=h.device), mask.int().argmax(1)]     # (B, D)
         return pooled if self.pooler is None else torch.tanh(self.pooler(pooled))
 
     def logits(self, h):
@@ -326,8 +319,7 @@ class Transformer(nn.Module):
         """New token ids, (B, at most max_new_tokens): the likeliest at temperature 0, else drawn
         from softmax(logits / temperature).  Prompts may be padded on either side.
         eos_id: one id or several that end a row, by default the checkpoint's; the rest is padding.
-        Raises ValueError for an encoder alone, in training mode, and without a prompt.
-        """
+        Raises ValueError for an encoder alone, in training mode, and without a prompt."""
         require(self.decoder is not None and not self.training and input_ids.numel(),
                 "generate needs a decoder, in eval mode, and a prompt")
         eos = as_list(self.config.eos_id if eos_id is None else eos_id)
@@ -346,10 +338,9 @@ class Transformer(nn.Module):
         for step in range(max_new_tokens):
             h = self.decoder(ids, mask, None, memory, memory_mask, cache)           # (B, L, D)
             logits = self.logits(h[torch.arange(len(h), device=h.device), last]).float()  # (B, V)
+            token = logits.argmax(-1)                                               # (B,)
             if temperature > 0:
                 token = torch.multinomial(torch.softmax(logits / temperature, -1), 1)[:, 0]
-            else:
-                token = logits.argmax(-1)                                           # (B,)
             new[rows, step] = token
             on = ~torch.isin(token, eos)
             if not on.all():  # of the memory the cache has all that is needed
@@ -364,11 +355,12 @@ class Transformer(nn.Module):
         return new
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id, num_labels=None, dtype=None, revision=None):
+    def from_pretrained(cls, folder_or_hub_id, num_labels=None, dtype=None, revision=None,
+                        new_head=False):
         """The model of a folder with config.json and weights, or of a hub id, in eval mode.
         num_labels: outputs of an encoder's classifier, drawn anew where the checkpoint has none of
-        that size.  dtype: float32 by default.  ValueError names a file that does not fit.
-        """
+        that size, or with new_head: config.labels says what its own tells apart.
+        dtype: float32 by default.  ValueError names a file that does not fit."""
         folder = local_folder(folder_or_hub_id, revision)
         config, family = read_config(folder)
         require(num_labels is None or not config.decoder_layers, f"{folder}: num_labels is "
@@ -387,7 +379,7 @@ class Transformer(nn.Module):
             with torch.device("meta"):  # shapes only: the values come from the file
                 model = cls(config)
             expected = dict(model.named_parameters())  # a shared parameter once
-            fit_tensors(tensors, expected)
+            fit_tensors(tensors, expected, new_head)
         model.module_names = {ours: theirs for theirs, ours in names.items()}
         dtype = torch.float32 if dtype is None else dtype
         values = {key: tensors[key].to(dtype, copy=True) for key in expected}
@@ -407,7 +399,7 @@ def check_config(config):
     """ValueError naming the first field of the wrong type, out of range, or at odds with others."""
     for item in fields(config):
         name, value = item.name, getattr(config, item.name)
-        kinds = get_args(item.type) or (item.type,)
+        kinds = getattr(item.type, "__args__", (item.type,))
         least, most = 0 if item.default == 0 else 1, 2**31  # of an integer
         if float in kinds:
             kinds, least, most = (*kinds, int), 0, 1 if "dropout" in name else 1e38
@@ -425,23 +417,20 @@ def check_config(config):
     D, H, G = config.d_model, config.heads, config.kv_heads or config.heads
     require(H % G == 0 and (config.head_dim is not None or D % H == 0),
             f"d_model is {D}, heads {H} and kv_heads {G}: expected multiples")
-    name, known = config.activation, ", ".join(ACTIVATIONS)
-    require(name in ACTIVATIONS, f"activation is {name!r}; expected one of {known}")
+    only(vars(config), activation=list(ACTIVATIONS))
 
 
 # --------------------------------------------------------------------------------------- families
 # (their prefix, ours, {their name: ours}); {} is a block's number, * is each of q, k, v and o
 BERT_MODULES = [
-    ("embeddings.", "encoder.", {
-        "word_embeddings": "tokens", "position_embeddings": "positions",
-        "token_type_embeddings": "types", "LayerNorm": "embedding_norm"}),
+    ("embeddings.", "encoder.", {"word_embeddings": "tokens", "position_embeddings": "positions",
+                                 "token_type_embeddings": "types", "LayerNorm": "embedding_norm"}),
     ("encoder.layer.{}.", "encoder.blocks.{}.", {
         "attention.self.query": "attention.q", "attention.self.key": "attention.k",
         "attention.self.value": "attention.v", "attention.output.dense": "attention.o",
         "attention.output.LayerNorm": "attention_norm", "intermediate.dense": "mlp.up",
         "output.dense": "mlp.down", "output.LayerNorm": "mlp_norm"}),
-    ("pooler.", "", {"dense": "pooler"}),
-]
+    ("pooler.", "", {"dense": "pooler"})]
 ROBERTA_HEAD = ["classifier.dense", "classifier.out_proj"]
 T5_ATTENTION = {"SelfAttention.*": "attention.*", "layer_norm": "attention_norm"}
 T5_CROSS = {"EncDecAttention.*": "cross.*", "layer_norm": "cross_norm"}
@@ -457,23 +446,19 @@ T5_MODULES = [
     ("decoder.", "decoder.", T5_STACK),
     ("decoder.block.{}.layer.0.", "decoder.blocks.{}.", T5_ATTENTION),
     ("decoder.block.{}.layer.1.", "decoder.blocks.{}.", T5_CROSS),
-    ("decoder.block.{}.layer.2.", "decoder.blocks.{}.", T5_MLP),
-]
+    ("decoder.block.{}.layer.2.", "decoder.blocks.{}.", T5_MLP)]
 LLAMA_MODULES = [
     ("", "decoder.", {"embed_tokens": "tokens", "norm": "final_norm"}),
     ("layers.{}.", "decoder.blocks.{}.", {
         "self_attn.*_proj": "attention.*", "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up",
         "mlp.down_proj": "mlp.down", "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "mlp_norm"}),
-]
-BERT_SPARE = (r"cls\.|lm_head\.(dense|layer_norm|decoder|bias)",  # guesses masked words
-              r"(\w+\.)?embeddings\.position_ids$")
-T5_SPARE = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
-            r"(en|de)coder\.embed_tokens\.weight$")
-LLAMA_SPARE = ("$", r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$")
-SPARE = {  # model_type: names of tensors that nothing reads; of those that say a thing again
-    "bert": BERT_SPARE, "roberta": BERT_SPARE, "t5": T5_SPARE, "llama": LLAMA_SPARE,
-    "qwen2": LLAMA_SPARE}
+        "post_attention_layernorm": "mlp_norm"})]
+UNREAD = re.compile(  # "model_type name" of the tensors that nothing here reads
+    r"(bert|roberta) (cls\.|lm_head\.(dense|layer_norm|decoder|bias))|"  # the guess at masked words
+    r"t5 decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$")
+AGAIN = re.compile(  # and of those that say a thing again
+    r"(bert|roberta) (\w+\.)?embeddings\.position_ids$|t5 (en|de)coder\.embed_tokens\.weight$|"
+    r"(llama|qwen2) (\w+\.)*rotary_emb\.inv_freq$")
 
 def bert_config(raw, roberta=False):
     only(raw, position_embedding_type=["absolute"], is_decoder=[False], add_cross_attention=[False])
@@ -481,13 +466,12 @@ def bert_config(raw, roberta=False):
     offset, dropout = pad_id + 1 if roberta else 0, raw.get("hidden_dropout_prob", 0.1)
     return Config(
         vocab_size=raw["vocab_size"], max_length=length - offset, position_offset=offset,
-        d_model=raw["hidden_size"], d_ff=raw["intermediate_size"],
+        d_model=raw["hidden_size"], d_ff=raw["intermediate_size"], dense_head=roberta,
         heads=raw["num_attention_heads"], encoder_layers=raw["num_hidden_layers"],
         token_types=raw.get("type_vocab_size", 2), norm_first=False, embedding_norm=True,
         activation=raw.get("hidden_act", "gelu"), eps=raw.get("layer_norm_eps", 1e-12),
-        dropout=dropout, classifier_dropout=raw.get("classifier_dropout", dropout),
-        pad_id=pad_id, pooler=not roberta,
-        attention_dropout=raw.get("attention_probs_dropout_prob", 0.1), dense_head=roberta)
+        dropout=dropout, classifier_dropout=raw.get("classifier_dropout", dropout), pad_id=pad_id,
+        attention_dropout=raw.get("attention_probs_dropout_prob", 0.1), pooler=not roberta)
 
 def t5_config(raw):
     gated = raw.get("feed_forward_proj", "relu") == "gated-gelu"
@@ -499,14 +483,13 @@ def t5_config(raw):
         vocab_size=raw["vocab_size"], max_length=None, d_model=raw["d_model"], d_ff=raw["d_ff"],
         heads=raw["num_heads"], head_dim=raw["d_kv"], encoder_layers=raw["num_layers"],
         decoder_layers=raw.get("num_decoder_layers", raw["num_layers"]), positions="relative",
-        relative_buckets=raw.get("relative_attention_num_buckets", 32),
-        relative_distance=raw.get("relative_attention_max_distance", 128),
-        norm="rms", eps=raw.get("layer_norm_epsilon", 1e-6), qkv_bias=False, bias=False,
-        attention_scale=1.0, gated=gated, activation=activation, tied=tied, dropout=dropout,
-        more_dropout=True,
+        relative_buckets=raw.get("relative_attention_num_buckets", 32), norm="rms", bias=False,
+        relative_distance=raw.get("relative_attention_max_distance", 128), qkv_bias=False,
+        attention_scale=1.0, gated=gated, activation=activation, tied=tied, more_dropout=True,
+        dropout=dropout, attention_dropout=dropout, eps=raw.get("layer_norm_epsilon", 1e-6),
         logit_scale=raw["d_model"] ** -0.5 if raw.get("scale_decoder_outputs", tied) else 1.0,
-        attention_dropout=dropout, pad_id=raw.get("pad_token_id", 0),
-        start_id=raw.get("decoder_start_token_id", 0), eos_id=raw.get("eos_token_id", 1))
+        pad_id=raw.get("pad_token_id", 0), start_id=raw.get("decoder_start_token_id", 0),
+        eos_id=raw.get("eos_token_id", 1))
 
 def llama_config(raw, qkv_bias=False):
     only(raw, hidden_act=["silu"], attention_bias=[False], mlp_bias=[False],
@@ -514,11 +497,9 @@ def llama_config(raw, qkv_bias=False):
     for kind in raw.get("layer_types", []):
         require(kind == "full_attention", f"layer_types has {kind!r}; expected 'full_attention'")
     rope = {**raw.get("rope_scaling", {}), **raw.get("rope_parameters", {})}
-    kind, scaling = rope.get("rope_type", rope.get("type", "default")), {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
     only({"rope_type": kind}, rope_type=["default", "llama3"])
-    for key in LLAMA3 if kind == "llama3" else []:
-        require(key in rope, f"the rope scaling has no {key}")
-        scaling[key] = rope[key]
+    scaling = {key: rope[key] for key in LLAMA3} if kind == "llama3" else {}
     pad_id, vocab_size = raw.get("pad_token_id", 0), raw["vocab_size"]
     return Config(
         vocab_size=vocab_size, max_length=raw["max_position_embeddings"],
@@ -537,8 +518,7 @@ FAMILIES = {  # model_type: (config, names of modules, their prefix, the head's 
     "roberta": (partial(bert_config, roberta=True), BERT_MODULES, "roberta.", ROBERTA_HEAD),
     "t5": (t5_config, T5_MODULES, "", ["lm_head"]),
     "llama": (llama_config, LLAMA_MODULES, "model.", ["lm_head"]),
-    "qwen2": (partial(llama_config, qkv_bias=True), LLAMA_MODULES, "model.", ["lm_head"]),
-}
+    "qwen2": (partial(llama_config, qkv_bias=True), LLAMA_MODULES, "model.", ["lm_head"])}
 
 def only(raw, **expected):
     """ValueError for a setting that is there and not one of those expected."""
@@ -547,13 +527,18 @@ def only(raw, **expected):
         require(value in values, f"{key} is {value!r}; expected {known}")
 
 def read_config(folder):
-    """(Config, model_type) of a folder's config.json, where null is as good as absent."""
-    path = os.path.join(folder, "config.json")
+    """(Config, model_type) of config.json, where null means absent, and generation_config.json."""
+    path, other = (os.path.join(folder, prefix + "config.json") for prefix in ("", "generation_"))
     raw = {key: value for key, value in read_json(path).items() if value is not None}
     with naming(path):
         only(raw, model_type=list(FAMILIES), num_experts=[None], num_local_experts=[None],
              quantization_config=[None])
-        config = FAMILIES[raw["model_type"]][0](raw)
+        config, labels = FAMILIES[raw["model_type"]][0](raw), raw.get("id2label", {})
+        config.labels = [str(labels[i]) for i in sorted(labels, key=int)]
+        check_config(config)
+    with naming(other):
+        ends = read_json(other).get("eos_token_id") if os.path.isfile(other) else None
+        config.eos_id = config.eos_id if ends is None else ends
         check_config(config)
     return config, raw["model_type"]
 
@@ -573,9 +558,11 @@ def module_names(config, family):
 
 
 # ------------------------------------------------------------------------------- checkpoint files
-TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
-WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-PICKLES = ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
+BESIDE = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
+MADE_OF_WEIGHTS = (  # or of training; what else stands beside them travels
+    "*.safetensors *.bin *.index.json *.pt *.pth *.ckpt* *.h5 *.msgpack *.onnx* *.gguf adapter_* "
+    "base_fingerprint.txt optimizer* scheduler* rng_state* trainer_state.json").split()
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
@@ -590,9 +577,9 @@ def local_folder(folder_or_hub_id, revision=None, weights=True):
             "model's files, or the id of a model on the hub")
     fetch = partial(snapshot_download, name, revision=revision)
     try:
-        folder = fetch(allow_patterns=["config.json", *TOKENIZER, *(WEIGHTS if weights else [])])
+        folder = fetch(allow_patterns=[*BESIDE, *(WEIGHTS if weights else [])])
         if weights and not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-            fetch(allow_patterns=PICKLES)
+            fetch(allow_patterns=["pytorch_model.bin", "pytorch_model-*-of-*.bin"])
     except Exception as error:  # of several libraries: no network, no such model, no permission
         raise ValueError(f"{name}: no such folder, nor could it be had from the hub "
                          f"({' '.join(str(error).split())}); give a folder that has the model's "
@@ -603,6 +590,9 @@ def local_folder(folder_or_hub_id, revision=None, weights=True):
 def naming(path, what=""):
     """Whatever goes wrong in the block becomes a ValueError that names the file."""
     try:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                require(file.read(11) != b"version htt", "a Git LFS pointer; run git lfs pull")
         yield
     except Exception as error:  # of several libraries, some of which raise Exception itself
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
@@ -624,37 +614,33 @@ def checkpoint_files(folder):
     return [path for path in paths if os.path.isfile(path)]
 
 def rename_tensors(tensors, config, family, names):
-    """{our parameter name: tensor}; what SPARE has is left out, the unknown is refused."""
-    renamed, (_, _, prefix, _), (unread, again) = {}, FAMILIES[family], SPARE[family]
+    """{our parameter name: tensor} without those of UNREAD and AGAIN; the unknown is refused."""
+    renamed, (_, _, prefix, _) = {}, FAMILIES[family]
     for key, tensor in tensors.items():
         module, _, last = key.rpartition(".")
         last = {"gamma": "weight", "beta": "bias"}.get(last, last)
         ours = names.get(module, names.get(prefix + module))
-        require(f"{ours}.{last}" not in renamed, f"{key} is there under two names")
         if ours is not None:
+            require(f"{ours}.{last}" not in renamed, f"{key} is there under two names")
             renamed[f"{ours}.{last}"] = tensor
-        elif re.match(again, key):
+        elif AGAIN.match(f"{family} {key}"):
             require(says_again(tensor, key, tensors, config), f"{key} is not what the model has")
         else:
-            require(re.match(unread, key), f"{key} is unexpected")
+            require(UNREAD.match(f"{family} {key}"), f"{key} is unexpected")
     return renamed
 
 def says_again(tensor, key, tensors, config):
-    """Whether a tensor of SPARE is what stands in for it: places, frequencies, or embeddings."""
-    if key.endswith("position_ids"):
-        return bool((tensor.flatten() == torch.arange(tensor.numel())).all())
     if key.endswith("inv_freq"):
-        f = frequencies(config).double()
-        if tensor.shape != f.shape or not tensor.is_floating_point():
-            return False
-        kind = torch.finfo(tensor.dtype)  # to which it may have been rounded
-        return torch.allclose(tensor.double(), f, kind.eps + 1e-5, kind.eps * kind.tiny)
-    return torch.equal(tensor, tensors.get("shared.weight", tensor))
+        f, kind = frequencies(config).double(), torch.finfo(tensor.dtype)  # it may be rounded
+        return tensor.shape == f.shape and torch.allclose(
+            tensor.double(), f, kind.eps + 1e-5, kind.eps * kind.tiny)
+    places = torch.arange(tensor.numel()).view(tensor.shape)
+    return torch.equal(tensor, places if key.endswith("_ids") else tensors["shared.weight"])
 
-def fit_tensors(tensors, expected):
-    """Draw a classifier where none fits, then ValueError for the first tensor that does not."""
+def fit_tensors(tensors, expected, new_head):
+    """Draw a classifier, if none fits too, then ValueError for the first tensor that does not."""
     head = {key: p.shape for key, p in sorted(expected.items()) if key.startswith("classifier.")}
-    if any(key not in tensors or tensors[key].shape != head[key] for key in head):
+    if new_head or any(key not in tensors or tensors[key].shape != head[key] for key in head):
         for key, shape in head.items():
             tensors[key] = torch.randn(shape) * 0.02 if len(shape) > 1 else torch.zeros(shape)
     for key in sorted(expected.keys() | tensors.keys()):
@@ -662,10 +648,9 @@ def fit_tensors(tensors, expected):
             continue  # the head of a model that has none, or is tied
         require(key in tensors, f"{key} is missing")
         require(key in expected, f"{key} is unexpected")
-        found, shape = tensors[key], tuple(expected[key].shape)
-        require(found.is_floating_point(), f"{key} is of {found.dtype}, expected floating point")
-        found = tuple(found.shape)
-        require(found == shape, f"{key} has shape {found}, config.json says {shape}")
+        t, shape = tensors[key], tuple(expected[key].shape)
+        require(t.is_floating_point(), f"{key} is of {t.dtype}, expected floating point")
+        require(t.shape == shape, f"{key} has shape {tuple(t.shape)}, config.json says {shape}")
 
 def read_tensors(folder):
     """(path, {name: tensor}) of model.safetensors or pytorch_model.bin, or of their shards."""
@@ -709,7 +694,6 @@ def read_safetensors(path):
     def without_duplicates(pairs):
         require(len(dict(pairs)) == len(pairs), "a key appears twice")
         return dict(pairs)
-
     with open(path, "rb") as file, naming(path, "not a safetensors file: "):
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         start = place = 8 + length
@@ -746,16 +730,16 @@ def write_safetensors(path, tensors):
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
     with open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for part in data.values():
-            file.write(part.numpy())
+        file.writelines(part.numpy() for part in data.values())
     for name, tensor in read_safetensors(temporary).items():
         if not torch.equal(tensor.view(-1).view(torch.uint8), data[name]):
             raise OSError(f"{temporary}: what was read back is not what was written")
     os.replace(temporary, path)
 
 def save_pretrained(model, folder, source):
-    """Write a checkpoint in the Hugging Face layout, config.json last; that file, which names the
-    dtype, and the tokenizer come from the folder `source`.  ValueError for an unnamed parameter."""
+    """Write a checkpoint in the Hugging Face layout, config.json last.  That file, which names the
+    dtype, and every file but those that MADE_OF_WEIGHTS has come from the folder `source`.
+    ValueError for an unnamed parameter."""
     raw, tensors = read_json(os.path.join(source, "config.json")), {}
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     dtype = getattr(torch, dtype) if dtype in ("float16", "bfloat16") else torch.float32
@@ -765,15 +749,16 @@ def save_pretrained(model, folder, source):
         require(known, f"{name} has no name in a checkpoint of the family {raw['model_type']}")
         tensors[f"{model.module_names[module]}.{last}"] = p.detach().to("cpu", dtype)
     if model.classifier is not None:
-        raw["id2label"] = {i: f"LABEL_{i}" for i in range(model.config.num_labels)}
-        raw["label2id"] = {label: i for i, label in raw["id2label"].items()}
+        names, count = model.config.labels, model.config.num_labels
+        names = names if len(names) == count else [f"LABEL_{i}" for i in range(count)]
+        raw["id2label"], raw["label2id"] = dict(enumerate(names)), dict(zip(names, range(count)))
         raw["architectures"] = [raw["model_type"].title() + "ForSequenceClassification"]
     os.makedirs(folder, exist_ok=True)
-    for name in TOKENIZER:
-        path, copy = os.path.join(source, name), os.path.join(folder, name)
-        if os.path.isfile(path):
-            shutil.copyfile(path, copy + ".tmp")
-            os.replace(copy + ".tmp", copy)
+    names = {os.path.basename(path) for path in checkpoint_files(source)} - {"config.json"}
+    for name in names - shutil.ignore_patterns(*MADE_OF_WEIGHTS)(source, names):
+        copy = os.path.join(folder, name)
+        shutil.copyfile(os.path.join(source, name), copy + ".tmp")
+        os.replace(copy + ".tmp", copy)
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors)
     write_text(os.path.join(folder, "config.json"), json.dumps(raw, indent=2))
 
@@ -802,34 +787,12 @@ def read_vocab(path):
         handle_chinese_chars=raw.get("tokenize_chinese_chars", True))
     return Tokenizer.from_str(pieces.to_str())
 
-def encode_texts(tokenizer, texts, ends=(), template=True):
-    """[(token ids, segment ids)] of each text or pair of texts; from here on `tokenizer` pads nothing.
-
-    ends: tokens that end a text.  One that the tokenizer's template puts after a text is taken
-    off: a decoder alone goes on from there.  template: whether the tokenizer adds its own tokens.
-    ValueError where it fails, or gives no token.
-    """
-    rows = []
-    tokenizer.no_padding()
-    for start in range(0, len(texts), 1000):  # few at a time: tokenizers keeps more than the ids
-        part = texts[start:start + 1000]
-        with naming("the tokenizer"):
-            found = tokenizer.encode_batch(part, add_special_tokens=template)
-        for text, row in zip(part, found):
-            end = -1 if template and row.ids and row.ids[-1] in ends else None
-            require(row.ids[:end], f"the tokenizer: no token for {text!r}")
-            rows.append((row.ids[:end], row.type_ids[:end]))
-    return rows
-
 def require_room(config, source, tokens, segments, lengths):
-    """ValueError for a token, a segment or a length that the model has no place for.
-
-    tokens, segments: lists of lists of ids.  lengths: {what it is the length of: tokens}.
-    """
-    path = os.path.join(source, "tokenizer.json")
-    for what, rows, count in (("token", tokens, config.vocab_size),
-                              ("segment", segments, config.token_types)):
-        largest = max(map(max, rows))
+    """ValueError for an id in `tokens` or `segments` (lists of lists of ids), or a length ({what it
+    is the length of: tokens}) that the model has no place for."""
+    places = {"token": (tokens, config.vocab_size), "segment": (segments, config.token_types)}
+    for what, (rows, count) in places.items():
+        largest, path = max(map(max, rows)), os.path.join(source, "tokenizer.json")
         require(not count or largest < count,
                 f"{path}: gives {what} {largest}; the model has {count}")
     for what, length in lengths.items():

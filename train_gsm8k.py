@@ -23,9 +23,9 @@ from types import SimpleNamespace
 import torch
 from huggingface_hub import hf_hub_download
 
-from model import (Transformer, as_list, checkpoint_files, encode_texts, load_tokenizer,
-                   local_folder, read_config, require_room)
-from train_glue import (METHODS, answer_losses, compare, fetch, finish_run, parse_arguments,
+from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder, naming,
+                   read_config, require_room)
+from train_glue import (METHODS, answer_losses, compare, encode_texts, finish_run, parse_arguments,
                         plan_batches, prepare, save_state)
 
 
@@ -194,19 +194,18 @@ def data_file(args, name):
     """Path of a data file: in --data, or downloaded once into the cache."""
     if args.data:
         return os.path.join(args.data, name)
-    if name == METAMATH:
-        try:
-            return hf_hub_download("meta-math/MetaMathQA", name, repo_type="dataset")
-        except Exception as error:  # of several libraries
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{name}: not available from the hub ({reason}); connect to the "
-                             "network, or give a folder that has the file with --data") from None
     home = os.path.join(os.path.expanduser("~"), ".cache", "bilora")
     folder = os.path.join(os.environ.get("BILORA_CACHE") or home, "gsm8k")
     path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        os.makedirs(folder, exist_ok=True)
-        fetch(GSM8K + name, DOWNLOADS[name], path)
+    try:
+        if name == METAMATH:
+            return hf_hub_download("meta-math/MetaMathQA", name, repo_type="dataset")
+        if not os.path.exists(path):
+            os.makedirs(folder, exist_ok=True)
+            torch.hub.download_url_to_file(GSM8K + name, path, hash_prefix=DOWNLOADS[name])
+    except Exception as error:  # of several libraries
+        raise ValueError(f"{name}: not available ({' '.join(str(error).split())}); connect to the "
+                         "network, or give a folder that has the file with --data") from None
     return path
 
 def read_jsonl(path):

@@ -186,6 +186,17 @@ def test_models_from_a_hub(tmp_path, server):
     assert again[1] == 2 and str(tmp_path / "train.tsv") in error and error.count("\n") == 1
 
 
+def test_what_stands_beside_the_weights_comes_from_the_hub_too(tmp_path, server):
+    """And no weights of another format, nor any where only the tokenizer is asked for."""
+    beside = {name: b"{}" for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "LICENSE", "README.md", "merges.txt")}
+    weights = {name: b"unread" for name in ("pytorch_model.bin", "model.onnx", "tf_model.h5", "model.gguf", "original/consolidated.00.pth")}
+    server.repositories = {"org/llama": {**checkpoint("llama3"), **beside, **weights}}
+    listed = "sorted(__import__('os').listdir(__import__('model').local_folder('org/llama', weights={})))"
+    found, _ = fetch(tmp_path / "home", server, listed.format(False), listed.format(True))
+    assert found[0] == sorted([*beside, "config.json", "tokenizer.json"])
+    assert found[1] == sorted([*found[0], "model.safetensors"])
+
+
 def test_what_a_hub_does_not_give(tmp_path, server):
     server.repositories = {"org/bert": checkpoint("bert"), "org/gated": checkpoint("llama3"), "org/cut": checkpoint("bert")}
     server.short = {"model.safetensors"}

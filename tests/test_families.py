@@ -102,8 +102,8 @@ def test_a_written_checkpoint_has_its_sources_dtype_and_tokenizer(tmp_path, key,
     save_pretrained(Transformer.from_pretrained(source, num_labels=3), tmp_path / "out", source)
     kinds = {tensor.dtype for tensor in read_safetensors(tmp_path / "out" / "model.safetensors").values()}
     assert kinds == {getattr(torch, dtype) if isinstance(dtype, str) else torch.float32}
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json",
+                                                                    "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "other.txt"}
     assert all((tmp_path / "out" / file).read_text() == file for file in ("tokenizer.json", "vocab.txt"))
 
 
@@ -258,7 +258,7 @@ def test_other_layouts_of_the_same_checkpoint(tmp_path, name, dtype):
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"), ({"attention_bias": True}, "attention_bias is True"),
     ({"mlp_bias": True}, "mlp_bias is True"), ({"model_type": "mixtral"}, "model_type is 'mixtral'"),
     ({"use_sliding_window": True}, "use_sliding_window is True"), ({"num_key_value_heads": 3}, "kv_heads 3"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "the rope scaling has no factor"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "config.json: factor is missing"),
 ])
 def test_settings_that_are_not_supported_are_refused_by_name(tmp_path, change, message):
     with open(os.path.join(GOLDEN, "llama3", "config.json")) as file:
@@ -531,7 +531,7 @@ def test_t5s_copies_of_its_embeddings_are_compared(tmp_path, stack):
 @pytest.mark.parametrize("name, key, tensor", [
     ("bert", POSITION_IDS, PLACES.flip(1)), ("roberta", "roberta__embeddings__position_ids", PLACES + 1),
     ("llama2", INV_FREQ, inverse_frequencies("llama2") * 1.001), ("llama2", INV_FREQ, torch.ones(3)),
-    ("llama2", INV_FREQ, torch.ones(2).long()), ("llama3", INV_FREQ, 500.0 ** (-torch.arange(0, 6, 2) / 6)),
+    ("llama3", INV_FREQ, 500.0 ** (-torch.arange(0, 6, 2) / 6)),
     *[(name, key, torch.ones(40)) for name in ("llama3", "t5", "flan-t5") for key in ("lm_head__bias", "cls__bias", "classifier__bias")],
     ("bert", "lm_head__weight", EMBEDDING), ("bert", "bert__embed_tokens__weight", EMBEDDING), ("bert", INV_FREQ, torch.ones(2)),
     ("llama2", "extra__embed_tokens__weight", EMBEDDING), ("llama2", "model__position_ids", PLACES), ("t5", INV_FREQ, torch.ones(2)),
@@ -541,3 +541,82 @@ def test_tensors_that_would_change_the_model_are_refused(tmp_path, name, key, te
     with pytest.raises(ValueError) as caught:
         Transformer.from_pretrained(with_tensors(tmp_path, name, **{key: tensor}))
     assert f"model.safetensors: {key.replace('__', '.')} is" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama3"])
+def test_all_that_stands_beside_the_weights_travels(tmp_path, name):
+    """And nothing that is made of them, or of a training's state."""
+    source = edited(tmp_path, name, {})
+    kept = ["generation_config.json", "chat_template.jinja", "tokenizer.model", "spiece.model", "merges.txt", "vocab.json",
+            "added_tokens.json", "preprocessor_config.json", "qwen.tiktoken", "README.md", "LICENSE", "USE_POLICY.md", "odd.xyz"]
+    left = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+            "tf_model.h5", "flax_model.msgpack", "model.onnx", "model.onnx_data", "model.gguf", "model.ckpt.index", "a.pth", "optimizer.pt",
+            "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "training_args.bin", "adapter_config.json",
+            "adapter_model.safetensors", "base_fingerprint.txt", ".gitattributes"]
+    for file in (*kept, *left):
+        (source / file).write_text("{}")
+    shutil.rmtree(source / "peft")
+    (source / "checkpoint-5").mkdir()
+    model = load(name)[0]
+    save_pretrained(model, tmp_path / "out", source)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", *kept}
+    save_pretrained(model, source, source)  # over itself
+    assert {*kept, *left, "config.json", "model.safetensors"} <= {file.name for file in source.iterdir()}
+    assert not list(source.glob("*.tmp"))
+
+
+def test_generation_ends_where_generation_config_says(tmp_path):
+    """Its eos_token_id comes before config.json's, as in transformers, and is there in a copy of the checkpoint."""
+    tokens = load("llama2")[1]["greedy"][0].tolist()
+    stop, prompt = tokens[3], load("llama2")[1]["rows"][0][None]
+    source, out = edited(tmp_path, "llama2", {"eos_token_id": 5}), tmp_path / "out"
+    for said, ends in (({"eos_token_id": [6, stop]}, [6, stop]), ({"eos_token_id": stop}, stop), ({}, 5), ({"eos_token_id": None}, 5)):
+        (source / "generation_config.json").write_text(json.dumps(said))
+        assert read_config(source)[0].eos_id == ends
+        save_pretrained(Transformer.from_pretrained(source), out, source)
+        assert read_config(out)[0].eos_id == ends
+        if ends != 5:
+            cut = tokens[:tokens.index(stop) + 1]
+            assert Transformer.from_pretrained(out).generate(prompt, max_new_tokens=10)[0].tolist() == cut
+    for bad, message in (('{"eos_token_id": 40}', "eos_id is 40"), ('{"eos_token_id": "x"}', "eos_id"), ("[", "not a JSON object")):
+        (source / "generation_config.json").write_text(bad)
+        with pytest.raises(ValueError, match="generation_config.json: .*" + message):
+            read_config(source)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_names_of_classes_are_kept_and_a_head_can_be_drawn_anew(tmp_path, name):
+    names = ["neg", "neutral", "pos"]
+    source = edited(tmp_path, name, {"id2label": {"2": "pos", "0": "neg", "1": "neutral"}})
+    assert read_config(source)[0].labels == names
+    own, other = (Transformer.from_pretrained(source, num_labels=3, new_head=new) for new in (False, True))
+    golden = load(name)[0].state_dict()
+    for key, tensor in own.state_dict().items():
+        assert torch.equal(tensor, golden[key])
+        assert torch.equal(tensor, other.state_dict()[key]) is not key.startswith("classifier.")
+    save_pretrained(own, tmp_path / "out", source)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == dict(zip("012", names)) and config["label2id"] == {"neg": 0, "neutral": 1, "pos": 2}
+    save_pretrained(Transformer.from_pretrained(source, num_labels=2), tmp_path / "two", source)  # its classes have no names
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"} and config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1}
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 9\n"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "model-1.safetensors", "config.json",
+                                  "tokenizer.json", "vocab.txt", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path, file):
+    folder = edited(tmp_path, "bert", {})
+    tensors = folder / "model.safetensors"
+    if file != "model.safetensors":
+        tensors.rename(folder / "model-1.safetensors")
+    if file == "model-1.safetensors":
+        keys = read_safetensors(folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {key: file for key in keys}}))
+    if file == "tokenizer_config.json":
+        (folder / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n")
+    (folder / file).write_text(POINTER)
+    with pytest.raises(ValueError, match=f"{file}: .*a Git LFS pointer; run git lfs pull"):
+        (load_tokenizer if file.startswith(("tok", "vocab")) else Transformer.from_pretrained)(folder)

@@ -77,7 +77,7 @@ def test_decoder_block_equals_torchs():
 
 
 @pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"pooling": "mean"}, {"norm_first": False, "pooler": True, "token_types": 2}])
+@pytest.mark.parametrize("settings", [{}, {"norm_first": False, "pooler": True, "token_types": 2}])
 @torch.no_grad()
 def test_padding_on_either_side_changes_no_logit(left, settings):
     model = encoder(num_labels=3, **settings)
@@ -233,7 +233,7 @@ def test_new_head_is_drawn_from_the_seed(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected 'bert' or 'roberta'"),
-    ({"hidden_act": "mish"}, "activation is 'mish'; expected one of gelu"), ({"hidden_act": ["gelu"]}, "wrong kind"),
+    ({"hidden_act": "mish"}, "activation is 'mish'; expected 'gelu' or"), ({"hidden_act": ["gelu"]}, "wrong kind"),
     ({"num_attention_heads": 0}, "heads is 0"), ({"hidden_size": -16}, "d_model is -16"),
     ({"num_attention_heads": 5}, "d_model is 16, heads 5"), ({"layer_norm_eps": "x"}, "eps is 'x'"),
     ({"hidden_dropout_prob": 2}, "dropout is 2"), ({"vocab_size": "50"}, "vocab_size is '50'"),

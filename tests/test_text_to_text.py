@@ -228,7 +228,7 @@ def test_a_tokenizer_that_fails_is_one_line(folders, capsys):
     made.model = models.WordLevel({"[PAD]": 0}, unk_token="[UNK]")
     made.save(str(folders / "llama3" / "tokenizer.json"))
     assert "the tokenizer: WordLevel error: Missing [UNK]" in error_of(capsys, [*RUN, "--model", "llama3"])
-    with pytest.raises(ValueError, match="the tokenizer: no token for 'x'"):
+    with pytest.raises(ValueError, match="the tokenizer gives no token for 'x'"):
         train_glue.encode_answers(Tokenizer(models.BPE()), ["x"], 1)
 
 @pytest.mark.parametrize("family, pad", [("llama3", "<pad>"), ("t5", "[PAD]")])

@@ -210,7 +210,7 @@ def test_downloads(tmp_path, monkeypatch):
     monkeypatch.setenv("BILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(train_gsm8k, "GSM8K", f"file://{tmp_path}/")
     no_data, cached = SimpleNamespace(data=None), tmp_path / "cache/gsm8k/test.jsonl"
-    with pytest.raises(ValueError, match="test.jsonl: invalid hash value.*--data"):
+    with pytest.raises(ValueError, match="test.jsonl: not available .invalid hash value.*--data"):
         train_gsm8k.data_file(no_data, "test.jsonl")
     assert not list(cached.parent.iterdir())
     sha256 = hashlib.sha256(b"a row").hexdigest()
@@ -219,7 +219,7 @@ def test_downloads(tmp_path, monkeypatch):
     (tmp_path / "test.jsonl").unlink()
     assert train_gsm8k.data_file(no_data, "test.jsonl") == str(cached)
     assert cached.read_text() == "a row"
-    with pytest.raises(ValueError, match="train.jsonl: .*connect to the network, or give files"):
+    with pytest.raises(ValueError, match="train.jsonl: .*connect to the network, or give a folder"):
         train_gsm8k.data_file(no_data, "train.jsonl")
     given = SimpleNamespace(data="d")
     assert train_gsm8k.data_file(given, "test.jsonl") == os.path.join("d", "test.jsonl")
