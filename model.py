@@ -176,7 +176,7 @@ class Stack(nn.Module):
     def forward(self, ids, mask=None, types=None, memory=None, memory_mask=None, cache=None):
         """The states (B, L, D) of ids (B, L).  mask, memory_mask: (B, K), True for a token.
         cache: for each block a list of its attention to itself and one of that to the memory."""
-        config, (B, L) = self.config, ids.shape
+        config, L = self.config, ids.shape[1]
         if cache is None:
             cache = [(None, None)] * len(self.blocks)
         past = cache[0][0][0].shape[2] if cache[0][0] else 0

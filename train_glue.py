@@ -70,7 +70,6 @@ METHODS = {"lora": Method(lora), "lora-sam": Method(lora_sam), "bi-lora": Method
 
 
 # -------------------------------------------------------------------------------------- training
-
 def train(args, method, seed, data, folder, progress):
     """One method, one seed: train, score, leave a run folder.  Returns what is in metrics.json."""
     rows = training_rows(args, data, seed)
@@ -112,8 +111,7 @@ def prepare(args, method, seed, build, folder, steps):
     log, and `state`, a dict for whatever a method keeps from step to step.
 
     Every method of a seed gets the same head and the same primary pairs.  With --resume all of it
-    is as the last saved state has it.
-    """
+    is as the last saved state has it."""
     torch.manual_seed(seed)  # head and adapters are drawn from it
     model, auxiliary = build().to(args.device), METHODS[method].auxiliary
     model.config.checkpointing = args.checkpointing
@@ -194,11 +192,11 @@ def loss_rise(run, closure, rho=0.05):
 
 
 # ------------------------------------------------------------------------------- loss and scores
-
 def build_model(data):
-    """The pretrained model; an encoder's head is fresh."""
-    classes = None if data.answers else len(data.task.labels)
-    return Transformer.from_pretrained(data.source, num_labels=classes)
+    """The pretrained model.  An encoder's head is the checkpoint's only if config.json's id2label
+    names the task's classes in their order, case aside; LABEL_0, LABEL_1, ... name no classes."""
+    classes = None if data.answers else len(data.names)
+    return Transformer.from_pretrained(data.source, num_labels=classes, new_head=data.new_head)
 
 def pad_rows(rows, fill, device):
     """(B, L) int64, each row filled up on the right to the longest."""
@@ -225,8 +223,7 @@ def answer_losses(model, prompts, answers, pad_id, device):
     """-log p(answer | prompt) of each row, (B,), summed over the answer's tokens.
 
     A decoder reads the prompt and then the answer.  Beside an encoder, which reads the prompt, the
-    decoder reads the answer alone.
-    """
+    decoder reads the answer alone."""
     alone = model.encoder is not None
     before = [[model.config.start_id]] * len(prompts) if alone else prompts
     read = [[*start, *answer[:-1]] for start, answer in zip(before, answers)]
@@ -284,7 +281,6 @@ def score(data, name, predictions):
 
 
 # ------------------------------------------------------------------------------------------ data
-
 class Task(NamedTuple):
     """A GLUE task: its files and columns, what its labels mean, how it is scored, its settings."""
     folder: str                  # in GLUE's root
@@ -294,8 +290,9 @@ class Task(NamedTuple):
     metrics: tuple
     settings: dict               # defaults of the options
     prompt: str = ""             # for a model that answers in text
-    answers: str = ""            # in the order of the classes
+    answers: str = ""            # in the order of the classes; their names, but for `names`
     dev: tuple = ("dev",)        # names of the evaluation files, without .tsv
+    names: str = ""              # of the classes, where they are no answers
 
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "notes", "demo", "sentences")
 JOBS = 1 if torch.cuda.is_available() else os.cpu_count()  # of the demo
@@ -303,16 +300,16 @@ SHORT = {"epochs": 3, "lr": 5e-4, "batch_size": 32, "rho": [0.01, 0.05], "seeds"
 LONG, TWO = {**SHORT, "epochs": 10}, ("sentence1", "sentence2")
 RTE = {**LONG, "rho": [0.05, 0.1], "seeds": [0, 1, 2, 3, 4]}
 YES_NO, ENTAILED = ("0", "1"), ("entailment", "not_entailment")
+ACCEPTED = "unacceptable acceptable"
 SIMILAR = "classify the semantic similarity of the text: {}\n{}\nresult: "
 TASKS = {  # settings: the paper's, the demo's ours; prompts and answers: LoRA-GA's, rte's ours
     "demo": Task("", (3,), 1, YES_NO, ("accuracy",), {
         **LONG, "lr": 2e-3, "batch_size": 64, "rho": [0.2, 0.5], "aux_lr": 2.0, "limit": 2000,
-        "label_noise": 0.3, "model": DEMO, "data": DEMO, "jobs": JOBS}),
+        "label_noise": 0.3, "model": DEMO, "data": DEMO, "jobs": JOBS}, names=ACCEPTED),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", YES_NO, ("accuracy", "f1"), LONG,
-                 SIMILAR, "different equivalent"),
+                 SIMILAR, "different equivalent", names="not_equivalent equivalent"),
     "cola": Task("CoLA", (3,), 1, YES_NO, ("matthews", "accuracy"), LONG,
-                 "classify the grammaticality of the text: {}\nresult: ",
-                 "unacceptable acceptable"),
+                 "classify the grammaticality of the text: {}\nresult: ", ACCEPTED),
     "sst2": Task("SST-2", ("sentence",), "label", YES_NO, ("accuracy",), SHORT,
                  "classify the sentiment of the text: {}\nresult: ", "negative positive"),
     "rte": Task("RTE", TWO, "label", ENTAILED, ("accuracy",), RTE, SIMILAR, " ".join(ENTAILED)),
@@ -323,8 +320,9 @@ TASKS = {  # settings: the paper's, the demo's ours; prompts and answers: LoRA-G
                  ("dev_matched", "dev_mismatched"))}
 
 def load(args):
-    """What a command reads: task, rows, evaluation sets, answers, pad id, the checkpoint's folder,
-    files.  A row is (token ids, segment ids, label).  ValueError or OSError where that fails."""
+    """What a command reads: task, rows, evaluation sets, answers, names of the classes, whether
+    their head is new, pad id, the checkpoint's folder, files, notes to print.  A row is (token ids,
+    segment ids, label).  ValueError or OSError where that fails."""
     task, source = TASKS[args.task], local_folder(args.model, args.revision)
     (config, _), tokenizer = read_config(source), load_tokenizer(source)
     prompt, ends, answers = None, [], []
@@ -333,8 +331,7 @@ def load(args):
     paths = [os.path.join(folder, name + ".tsv") for name in ("train", *task.dev)]
     texts = [read_tsv(task, path) for path in paths]
     if config.decoder_layers:
-        if not task.prompt:
-            raise ValueError(f"{args.task} has no prompt; expected an encoder as --model")
+        require(task.prompt, f"{args.task} has no prompt; expected an encoder as --model")
         prompt = task.prompt
         answers = encode_answers(tokenizer, task.answers.split(), config.eos_id)
         if not config.encoder_layers:  # it reads the answer too, but for its last token
@@ -344,8 +341,13 @@ def load(args):
     tokens, segments, _ = zip(*rows, *(row for part in dev for row in part))
     require_room(config, source, [*tokens, *answers], segments, lengths)
     data = SimpleNamespace(task=task, rows=rows, sets=dict(zip(task.dev, dev)), answers=answers,
-                           pad_id=config.pad_id, source=source, majority={},
+                           pad_id=config.pad_id, source=source, majority={}, notes=[],
                            files=[*paths, *checkpoint_files(source)])
+    data.names = (task.names or task.answers).split()
+    data.new_head = [name.lower() for name in config.labels] != data.names
+    if data.new_head and not answers:
+        data.notes.append(f"{source}: a new classifier of {', '.join(data.names)}; config.json "
+                          f"names {', '.join(config.labels) or 'no classes'}")
     label = statistics.mode(label for *_, label in rows)
     for name, part in data.sets.items():
         data.majority |= score(data, name, [label] * len(part))
@@ -387,9 +389,8 @@ def encode(tokenizer, rows, prompt, max_length, ends=()):
     """[(token ids, segment ids, label)], truncated to max_length: a prompt, which ends in the
     question, from its beginning, sentences from their end.  ends: those of encode_texts."""
     special = tokenizer.num_special_tokens_to_add(prompt is None and len(rows[0][0]) > 1)
-    if max_length <= special:
-        raise ValueError(f"--max-length is {max_length}; expected more than the {special} special "
-                         "tokens of a row")
+    require(max_length > special, f"--max-length is {max_length}; expected more than the {special} "
+            "special tokens of a row")
     tokenizer.enable_truncation(max_length, direction="left" if prompt else "right")
     if prompt:
         texts = [prompt.format(*text) for text, _ in rows]
@@ -399,10 +400,9 @@ def encode(tokenizer, rows, prompt, max_length, ends=()):
     return [(ids, types, label) for (ids, types), (_, label) in zip(encoded, rows)]
 
 def encode_texts(tokenizer, texts, ends=(), template=True):
-    """[(token ids, segment ids)] of texts or pairs of texts, without padding.  The tokens of `ends`
-    end a text: one that the tokenizer's template puts last is taken off, since a decoder alone goes
-    on from there.  template: whether it acts.  ValueError if the tokenizer fails or gives no token.
-    """
+    """[(token ids, segment ids)] of texts or pairs of texts, not padded.  ends: tokens that end a
+    text; one that the tokenizer's template puts last is taken off, since a decoder alone goes on
+    from there.  template: whether it acts.  ValueError where the tokenizer fails or gives none."""
     rows = []
     tokenizer.no_padding()
     for start in range(0, len(texts), 1000):  # few at a time: tokenizers keeps more than the ids
@@ -425,7 +425,6 @@ def encode_answers(tokenizer, words, eos_id):
 
 
 # ------------------------------------------------------------------------------------- downloads
-
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 ZIPS = {  # task: (file, sha256)
     "cola": ("CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
@@ -484,7 +483,6 @@ def split_mrpc(scratch, folder):
 
 
 # ------------------------------------------------------------------------------ the files of a run
-
 def trained_tensors(model):
     """{name: tensor} of all that is trained; writing into one writes into the model."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -562,20 +560,20 @@ def peak_memory(device):
 
 
 # ------------------------------------------------------------------------------- all runs together
-
 def compare(args, fail, load, train):
     """Train every method with every seed, --jobs at a time; write metrics.json and curves.png over
     all, print the table.  Returns what is in metrics.json.
 
     load(args) reads what the runs share; train(args, method, seed, data, folder, progress) trains
-    one.  What goes wrong ends in fail(message); nothing is written before all input is checked.
-    """
+    one.  What goes wrong ends in fail(message); nothing is written before all input is checked."""
     folders = {(seed, method): os.path.join(args.out, f"{method}-seed{seed}")
                for seed in args.seeds for method in args.method}
     try:
         data = load(args)
         require_ranks_that_fit(args, data.source)
         results = begin(args, data.files, folders)  # those that are finished
+        for note in data.notes:
+            print(note)
         rows = min(args.limit or len(data.rows), len(data.rows))
         print(f"{args.task}: {rows} training rows; {len(folders)} runs in {args.out}, "
               f"{len(results)} of them finished before")
@@ -609,8 +607,7 @@ def begin(args, files, folders):
     """{key: result} of the runs that are finished; makes the folders of the others.
 
     ValueError, before anything has changed, for an --out with other settings, and for a finished
-    run that neither --resume nor --overwrite asks for.
-    """
+    run that neither --resume nor --overwrite asks for."""
     others = ("method", "seeds", "out", "resume", "overwrite", "save_every", "jobs", "defaults")
     config = {name: value for name, value in vars(args).items() if name not in others}
     config["files"] = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
@@ -621,14 +618,12 @@ def begin(args, files, folders):
             continue
         begun = {**args.defaults, **read_json(path)}  # an option that is newer than the run
         for name, value in config.items():
-            if begun.get(name) != value:
-                raise ValueError(f"{path}: {name} is {begun.get(name)!r}, now {value!r}; expected "
-                                 "the same, another --out, or --overwrite")
+            require(begun.get(name) == value, f"{path}: {name} is {begun.get(name)!r}, now "
+                    f"{value!r}; expected the same, another --out, or --overwrite")
         if key and os.path.exists(metrics):
             done[key] = read_json(metrics)
-    if done and not args.resume:
-        raise ValueError(f"{args.out}: {len(done)} of these runs are finished; --resume takes them "
-                         "as they are, --overwrite trains them anew")
+    require(not done or args.resume, f"{args.out}: {len(done)} of these runs are finished; "
+            "--resume takes them as they are, --overwrite trains them anew")
     for (seed, method), folder in folders.items():
         if args.overwrite:
             shutil.rmtree(folder, ignore_errors=True)
@@ -754,7 +749,6 @@ def draw_curves(results, path, majority=()):
 
 
 # -------------------------------------------------------------------------------------- arguments
-
 SOURCES = """Whose the defaults are.  The paper's: rank, aux-rank, alpha, aux-lr = lr, a cosine with
 a warm-up of 0.03 of the steps, adapters on all linear layers, max-length; by task lr, batch-size,
 micro-batch, epochs, rho and the number of seeds.  The code that the paper follows: AdamW without
@@ -773,7 +767,7 @@ def number(kind, least, text, below=math.inf):
 SHARE = {"type": partial(number, float, 0, below=1)}
 KINDS = {int: {"type": partial(number, int, 1)}, float: {"type": partial(number, float, 0)},
          bool: {"action": argparse.BooleanOptionalAction}, str: {}}
-OPTIONS = [  # those of both scripts: group, name, one of KINDS or argparse's own words, default, help
+OPTIONS = [  # of both scripts: group, name, one of KINDS or argparse's own words, default, help
     ("task", "data", str, None, "folder of the task's files (default: downloaded once)"),
     ("task", "model", str, None, "folder of a checkpoint, or the id of one on the hub"),
     ("task", "revision", str, None, "of the model on the hub: branch, tag or commit"),
@@ -841,9 +835,8 @@ def parse_arguments(argv, doc, tasks, options):
     return args, fail
 
 SETTINGS = {name: task.settings for name, task in TASKS.items()}
-GLUE_OPTIONS = [
-    ("task", "label-noise", SHARE, 0.0, "share of the training labels that is replaced"),
-    ("task", "max-length", int, 256, "tokens a row")]
+GLUE_OPTIONS = [("task", "label-noise", SHARE, 0.0, "share of the training labels replaced"),
+                ("task", "max-length", int, 256, "tokens a row")]
 
 def main(argv=None):
     args, fail = parse_arguments(argv, __doc__, SETTINGS, GLUE_OPTIONS)

@@ -24,7 +24,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder, naming,
-                   read_config, require_room)
+                   read_config, require, require_room)
 from train_glue import (METHODS, answer_losses, compare, encode_texts, finish_run, parse_arguments,
                         plan_batches, prepare, save_state)
 
@@ -79,7 +79,6 @@ def build_model(args, data):
 
 
 # ---------------------------------------------------------------------------- generation and scores
-
 def evaluate(args, model, data):
     """A row for each test problem: prompt, what was generated, the numbers found in it."""
     (examples,), rows = data.sets.values(), []
@@ -139,7 +138,6 @@ def is_right(found, gold):
 
 
 # ------------------------------------------------------------------------------------------ data
-
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 DOWNLOADS = {  # file: sha256
     "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -166,9 +164,10 @@ def load(args):
     else:
         examples = encode(tokenizer, read_jsonl(train_file), config.eos_id)
     rows = [row for row in examples if len(row[0]) + len(row[1]) <= args.max_length]
+    notes = []
     if len(rows) < len(examples):
-        print(f"{train_file}: {len(examples) - len(rows)} rows of more than {args.max_length} "
-              "tokens are left out")
+        notes.append(f"{train_file}: {len(examples) - len(rows)} rows of more than "
+                     f"{args.max_length} tokens are left out")
     tests = encode(tokenizer, read_jsonl(test_file)[:args.eval_limit], config.eos_id)
     if not rows:
         raise ValueError(f"--max-length is {args.max_length}; every row is longer")
@@ -178,7 +177,7 @@ def load(args):
     require_room(config, source, tokens, [[0]], {
         "the longest row": row, "the longest prompt and --max-new-tokens": prompt})
     return SimpleNamespace(rows=rows, sets={"test": tests}, tokenizer=tokenizer, majority={},
-                           pad_id=config.pad_id, source=source,
+                           pad_id=config.pad_id, source=source, notes=notes,
                            files=[train_file, test_file, *checkpoint_files(source)])
 
 def encode(tokenizer, rows, eos_id):
@@ -282,7 +281,6 @@ def json_array(path, chunk=2**20, largest=2**24):
 
 
 # -------------------------------------------------------------------------------------- arguments
-
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "notes", "demo", "problems")
 JOBS = 1 if torch.cuda.is_available() else os.cpu_count()  # of the demo
 PAPERS = {"lr": 5e-4, "rho": [0.01, 0.05], "epochs": 2, "batch_size": 32, "micro_batch": 4,

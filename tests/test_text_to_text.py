@@ -212,28 +212,29 @@ def test_prompts_of_both_scripts_are_one_functions(folders):
     made.post_processor = processors.TemplateProcessing(
         single="[PAD] $A </s>", special_tokens=[("[PAD]", 0), ("</s>", 5)])
     made.save(str(path))
-    sentences, question = "a b", "Q: a b\nA: "
-    prompt = SAME.format(sentences, sentences)
-    rows = encode(made, [((sentences, sentences), 1)], SAME, 40, [5, 6])
-    ((found, _, _),) = train_gsm8k.encode(made, [(sentences, "e #### 5")], [5, 6])
-    for ids, text in ((rows[0][0], prompt), (found, question)):
+    pair, texts = [(("a b", "a b"), 1)], (SAME.format("a b", "a b"), "Q: a b\nA: ")
+    ((classified, _, _),) = encode(made, pair, SAME, 40, [5, 6])
+    ((generated, _, _),) = train_gsm8k.encode(made, [("a b", "e #### 5")], [5, 6])
+    for ids, text in zip((classified, generated), texts):
         assert ids == made.encode(text).ids[:-1] and ids[0] == 0 and ids[-1] != 5
-    assert encode(made, [((sentences, sentences), 1)], SAME, 6, [5, 6])[0][0] == [0, *rows[0][0][-4:]]
+    assert encode(made, pair, SAME, 6, [5, 6])[0][0] == [0, *classified[-4:]]
     data = loaded([*RUN, "--model", "llama3"])
-    assert all(ids[0] == 0 and ids[-1] != 5 for part in (data.rows, data.sets["dev"]) for ids, *_ in part)
+    rows = [*data.rows, *data.sets["dev"]]
+    assert all(ids[0] == 0 and ids[-1] != 5 for ids, *_ in rows)
     assert {ids[-1] for ids, *_ in loaded([*RUN, "--model", "t5"]).rows} == {1}
 
 def test_a_tokenizer_that_fails_is_one_line(folders, capsys):
     made = tokenizer()
     made.model = models.WordLevel({"[PAD]": 0}, unk_token="[UNK]")
     made.save(str(folders / "llama3" / "tokenizer.json"))
-    assert "the tokenizer: WordLevel error: Missing [UNK]" in error_of(capsys, [*RUN, "--model", "llama3"])
+    error = error_of(capsys, [*RUN, "--model", "llama3"])
+    assert "the tokenizer: WordLevel error: Missing [UNK]" in error
     with pytest.raises(ValueError, match="the tokenizer gives no token for 'x'"):
         train_glue.encode_answers(Tokenizer(models.BPE()), ["x"], 1)
 
 @pytest.mark.parametrize("family, pad", [("llama3", "<pad>"), ("t5", "[PAD]")])
 def test_the_padding_token_needs_no_embedding(folders, family, pad):
-    """Padding is masked: a tokenizer whose padding id is the size of the vocabulary trains as any other."""
+    """Padding is masked: its id may be the size of the vocabulary."""
     main([*RUN, "--model", family, "--method", "lora", "--out", "first"])
     path = folders / family / "tokenizer.json"
     made = Tokenizer.from_file(str(path))

@@ -799,3 +799,44 @@ def test_the_padding_token_needs_no_embedding(glue_folder):
     assert model_file.load_tokenizer("bert").padding["pad_id"] == 50
     main([*ONE, "--epochs", "1", "--out", "second"])
     assert losses(glue_folder / "first/lora-seed0") == losses(glue_folder / "second/lora-seed0")
+
+@pytest.fixture
+def three_classes(glue_folder):
+    """MNLI's files, for the tiny BERT, which has a head of three classes."""
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        rows = "sentence1\tsentence2\tgold_label\n" + "a b\tc\tneutral\n" * 8
+        write(glue_folder / "data" / f"{name}.tsv", rows)
+    return glue_folder
+
+MNLI = [*ONE, "--task", "mnli", "--epochs", "1"]
+NEW_HEAD = "bert: a new classifier of entailment, neutral, contradiction; config.json names "
+
+@pytest.mark.parametrize("names, used", [
+    (["Entailment", "NEUTRAL", "contradiction"], True), (["a", "b", "c"], False),
+    (["contradiction", "neutral", "entailment"], False), (["LABEL_0", "LABEL_1", "LABEL_2"], False),
+    (["entailment", "neutral"], False), ([], False)])
+def test_a_head_is_used_only_for_the_classes_it_was_trained_for(three_classes, names, used):
+    """By config.json's names, in the task's order."""
+    settings = {"id2label": dict(enumerate(names))} if names else {}
+    write(three_classes / "bert/config.json", json.dumps({**BERT, **settings}))
+    args, _ = parse_arguments(MNLI, "", train_glue.SETTINGS, train_glue.GLUE_OPTIONS)
+    data = train_glue.load(args)
+    weight = train_glue.build_model(data).classifier.weight
+    head = read_safetensors("bert/model.safetensors")["classifier.weight"]
+    assert torch.equal(weight, head) is used and weight.shape == head.shape
+    assert data.notes == ([] if used else [NEW_HEAD + (", ".join(names) or "no classes")])
+
+def test_a_note_is_printed_once_by_however_many_processes(three_classes, capfd):
+    main([*MNLI, "--seeds", "0", "1", "--jobs", "2"])
+    assert capfd.readouterr().out.splitlines().count(NEW_HEAD + "no classes") == 1
+
+def test_every_task_names_its_classes():
+    names = {name: (task.names or task.answers).split() for name, task in TASKS.items()}
+    accepted = ["unacceptable", "acceptable"]
+    entailed = ["entailment", "not_entailment"]
+    assert names == {"demo": accepted, "cola": accepted, "mrpc": ["not_equivalent", "equivalent"],
+                     "sst2": ["negative", "positive"], "rte": entailed, "qnli": entailed,
+                     "mnli": ["entailment", "neutral", "contradiction"]}
+    assert all(len(names[name]) == len(task.labels) for name, task in TASKS.items())
+    for name in ("rte", "qnli", "mnli"):  # files that name them
+        assert tuple(names[name]) == TASKS[name].labels

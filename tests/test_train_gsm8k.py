@@ -431,7 +431,7 @@ def test_rows_that_are_too_long_are_left_out(folders, capsys):
 
 
 def test_the_padding_token_needs_no_embedding(folders):
-    """The tokenizer's padding id is the size of the vocabulary: the run is that of any other one."""
+    """The tokenizer's padding id is the size of the vocabulary: the run is that of any other."""
     short = [*RUN, "--method", "lora", "--epochs", "1", "--eval-limit", "5"]
     main([*short, "--out", "first"])
     ids = {word: i for i, word in enumerate(WORDS)}
@@ -442,3 +442,9 @@ def test_the_padding_token_needs_no_embedding(folders):
     first, second = (folders / out / "lora-seed0" for out in ("first", "second"))
     assert losses(first) == losses(second)
     assert jsonl(first / "predictions.jsonl") == jsonl(second / "predictions.jsonl")
+
+
+def test_the_rows_that_are_left_out_are_told_once_by_however_many_processes(folders, capfd):
+    main([*RUN, "--method", "lora", "--max-length", "10", "--epochs", "1",
+          "--eval-limit", "1", "--seeds", "0", "1", "--jobs", "2"])
+    assert capfd.readouterr().out.count("rows of more than 10 tokens are left out") == 1
