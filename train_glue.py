@@ -354,29 +354,29 @@ def load(args):
     return data
 
 def read_tsv(task, path):
-    """[(sentences, label)] of a GLUE file: no quoting, a byte-order mark allowed.  ValueError names
-    file, line and value."""
-    with open(path, "rb") as file:
-        lines = [decode(line, f"{path}, line {i}").split("\t") for i, line in enumerate(file, 1)]
+    """[(sentences, label)] of a GLUE file: no quoting, a byte-order mark allowed.  Blank lines at
+    the end are no rows, elsewhere an error.  ValueError names file, line and value."""
+    with open(path, "rb") as file, naming(path):
+        lines = file.readlines()
+    lines = [decode(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+    while lines and not lines[-1].strip():
+        lines.pop()
     columns, start = [*task.text, task.label], 0
     if isinstance(task.label, str):
-        header, start = lines[0] if lines else [], 1
+        header, start = lines[0].split("\t") if lines else [], 1
         for name in columns:
-            if name not in header:
-                raise ValueError(f"{path}, line 1: no column {name!r}; the header has {header}")
+            require(name in header, f"{path}, line 1: no column {name!r}; the header has {header}")
         columns = [header.index(name) for name in columns]
     rows = []
-    for number, fields in enumerate(lines[start:], start + 1):
-        if len(fields) <= max(columns):
-            raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected at least "
-                             f"{max(columns) + 1}")
+    for number, line in enumerate(lines[start:], start + 1):
+        where, fields, count = f"{path}, line {number}", line.split("\t"), max(columns) + 1
+        require(line.strip(), f"{where}: a blank line before the last row")
+        require(len(fields) >= count, f"{where}: {len(fields)} fields, expected at least {count}")
         *text, label = (fields[column] for column in columns)
-        if label not in task.labels:
-            raise ValueError(f"{path}, line {number}: label {label!r}, expected one of "
-                             f"{', '.join(task.labels)}")
+        require(label in task.labels,
+                f"{where}: label {label!r}, expected one of {', '.join(task.labels)}")
         rows.append((tuple(text), task.labels.index(label)))
-    if not rows:
-        raise ValueError(f"{path}: no rows")
+    require(rows, f"{path}: no rows")
     return rows
 
 def decode(line, where):

@@ -208,23 +208,25 @@ def data_file(args, name):
     return path
 
 def read_jsonl(path):
-    """[(question, answer)] of GSM8K's file.  ValueError names file, line and value."""
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8: {error}") from None
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON: {error}") from None
-            rows.append(texts_of(row, "question", "answer", where))
-            if extract_answer(rows[-1][1]) is None:
-                end = rows[-1][1][-60:]
-                raise ValueError(f"{where}: the answer has no #### and number: {end!r}")
-    if not rows:
-        raise ValueError(f"{path}: no rows")
+    """[(question, answer)] of GSM8K's file.  Blank lines at the end are no rows, elsewhere an
+    error.  ValueError names file, line and value."""
+    with open(path, "rb") as file, naming(path):
+        lines, rows = file.readlines(), []
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        require(line.strip(), f"{where}: a blank line before the last row")
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8: {error}") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON: {error}") from None
+        rows.append(texts_of(row, "question", "answer", where))
+        require(extract_answer(rows[-1][1]) is not None,
+                f"{where}: the answer has no #### and number: {rows[-1][1][-60:]!r}")
+    require(rows, f"{path}: no rows")
     return rows
 
 def texts_of(row, question, answer, where):
@@ -260,7 +262,8 @@ def json_array(path, chunk=2**20, largest=2**24):
     """The values of a JSON array, one after the other: the file never is in memory as a whole."""
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
     with open(path, encoding="utf-8-sig") as file:
-        text = file.read(chunk)
+        with naming(path):
+            text = file.read(chunk)
         if not text.lstrip().startswith("["):
             raise ValueError(f"{path}: not a JSON array")
         place = text.index("[") + 1

@@ -840,3 +840,25 @@ def test_every_task_names_its_classes():
     assert all(len(names[name]) == len(task.labels) for name, task in TASKS.items())
     for name in ("rte", "qnli", "mnli"):  # files that name them
         assert tuple(names[name]) == TASKS[name].labels
+
+COLA = "a\t1\t\tgood one\nb\t0\t\tbad one\n"
+
+@pytest.mark.parametrize("end", ["\n", "\n\n\n", " \n", "\t\t\t\t\n", "\r\n"])
+def test_blank_lines_at_the_end_are_no_rows(tmp_path, end):
+    expected = [(("good one",), 1), (("bad one",), 0)]
+    assert read_tsv(TASKS["cola"], write(tmp_path / "a.tsv", COLA + end)) == expected
+    path = write(tmp_path / "b.tsv", f"{MRPC}1\t7\t8\ta\tb\n{end}")
+    assert read_tsv(TASKS["mrpc"], path) == [(("a", "b"), 1)]
+
+@pytest.mark.parametrize("task, text, line", [
+    ("cola", COLA.replace("b\t0", "\nb\t0"), 2), ("cola", "\n" + COLA, 1),
+    ("cola", COLA + " \n" + COLA, 3), ("mrpc", f"{MRPC}\r\n1\t7\t8\ta\tb\n", 2)])
+def test_a_blank_line_before_the_last_row_is_an_error(tmp_path, task, text, line):
+    with pytest.raises(ValueError, match=f"a.tsv, line {line}: a blank line before the last row"):
+        read_tsv(TASKS[task], write(tmp_path / "a.tsv", text))
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    path = write(tmp_path / "a.tsv", pointer)
+    with pytest.raises(ValueError, match="a.tsv: a Git LFS pointer; run git lfs pull"):
+        read_tsv(TASKS["cola"], path)

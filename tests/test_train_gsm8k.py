@@ -448,3 +448,21 @@ def test_the_rows_that_are_left_out_are_told_once_by_however_many_processes(fold
     main([*RUN, "--method", "lora", "--max-length", "10", "--epochs", "1",
           "--eval-limit", "1", "--seeds", "0", "1", "--jobs", "2"])
     assert capfd.readouterr().out.count("rows of more than 10 tokens are left out") == 1
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", " \r\n"])
+def test_blank_lines_at_the_end_are_no_rows(tmp_path, end):
+    row, path = '{"question": "a", "answer": "#### 5"}\n', tmp_path / "train.jsonl"
+    path.write_text(row + end)
+    assert read_jsonl(path) == [("a", "#### 5")]
+    path.write_text(row + end + row)
+    with pytest.raises(ValueError, match="train.jsonl, line 2: a blank line before the last row"):
+        read_jsonl(path)
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for read in (read_jsonl, lambda path: list(json_array(path))):
+        with pytest.raises(ValueError, match="train.jsonl: a Git LFS pointer; run git lfs pull"):
+            read(path)
