@@ -119,18 +119,26 @@ def generate(args, model, data, prompts):
             texts[i] = data.tokenizer.decode(list(row))
     return texts
 
-# A minus sign after a digit is a subtraction, commas part thousands, a fraction is no number.
-NUMBER = (r"\$?(?:(?<![0-9] )(?<![0-9])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))"
-          r"(?:\.[0-9]+)?(?![0-9]|/[0-9])")
+# A minus after an operand is a subtraction, commas part thousands.
+MINUS = r"(?<![\w)\]])(?<![0-9][%$€£¥])(?<![0-9)\]%] )-"
+NUMBER = (rf"[$€£¥]?(?:{MINUS})?[$€£¥]?(?:(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9])|[0-9]+)"
+          r"(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)(?:[%€£¥]|\$(?![0-9]))?")
+# What a number goes on with, if it is none: a fraction, a date, a time or ratio, a power.
+FRACTION = rf" ?/ ?{NUMBER}| [0-9]+ ?/ ?[0-9]+|[\u00bc-\u00be\u2150-\u215e]"
+LONGER = rf"{FRACTION}|(?:-[0-9]{{2}}){{2}}(?![0-9])|[:.^]-?[0-9]+|[eE][+-]?[0-9]+"
+QUANTITY = rf"(?:[/^] ?)?{NUMBER}(?:{LONGER})*|{FRACTION}|\\[dt]?frac *{{[^{{}}]*}} *{{[^{{}}]*}}"
 
 def extract_answer(text, strict=True):
     """The number a solution ends with, as text without commas and currency sign, or None.
 
     strict: the number right after ####, as GSM8K writes it.  Otherwise the last number in the text.
+    Where a fraction, a date, a time, a ratio or a power stands in its place, the answer is None.
     """
     text = text.replace("\N{MINUS SIGN}", "-")
-    found = re.findall(rf"####[\s*]*({NUMBER})" if strict else NUMBER, text)
-    return found[-1 if not strict else 0].replace(",", "").replace("$", "") if found else None
+    found = re.findall(rf"####[\s*]*({QUANTITY})" if strict else QUANTITY, text)
+    if not found or not re.fullmatch(NUMBER, found[0 if strict else -1]):
+        return None
+    return re.sub("[^0-9.-]", "", found[0 if strict else -1])
 
 def is_right(found, gold):
     """Are both there, and the same number?"""
