@@ -38,7 +38,8 @@ from tqdm import tqdm
 from bilora import (add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
                     clip_perturbation_, lora_sam_step, lora_step, primary_parameters, save_adapter)
 from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder, naming,
-                   read_config, read_json, require, require_room, write_safetensors, write_text)
+                   read_config, read_json, read_tensors, require, require_room, write_safetensors,
+                   write_text)
 
 
 # --------------------------------------------------------------------------------------- methods
@@ -345,9 +346,10 @@ def load(args):
                            files=[*paths, *checkpoint_files(source)])
     data.names = (task.names or task.answers).split()
     data.new_head = [name.lower() for name in config.labels] != data.names
-    if data.new_head and not answers:
-        data.notes.append(f"{source}: a new classifier of {', '.join(data.names)}; config.json "
-                          f"names {', '.join(config.labels) or 'no classes'}")
+    found = [] if answers or not data.new_head else read_tensors(source)[1]
+    if any(key.startswith("classifier.") for key in found):
+        old, new = ", ".join(config.labels) or "classes without names", ", ".join(data.names)
+        data.notes.append(f"{source}: its classifier of {old} is not used; one of {new} is drawn")
     label = statistics.mode(label for *_, label in rows)
     for name, part in data.sets.items():
         data.majority |= score(data, name, [label] * len(part))
@@ -572,11 +574,9 @@ def compare(args, fail, load, train):
         data = load(args)
         require_ranks_that_fit(args, data.source)
         results = begin(args, data.files, folders)  # those that are finished
-        for note in data.notes:
-            print(note)
         rows = min(args.limit or len(data.rows), len(data.rows))
-        print(f"{args.task}: {rows} training rows; {len(folders)} runs in {args.out}, "
-              f"{len(results)} of them finished before")
+        print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(folders)} runs in "
+                         f"{args.out}, {len(results)} of them finished before"]))
         todo = {key: folder for key, folder in folders.items() if key not in results}
         steps = len(todo) * args.epochs * math.ceil(rows / args.batch_size)
         with tqdm(total=steps, desc="all runs", unit="step", disable=None) as bar:

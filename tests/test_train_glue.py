@@ -809,7 +809,8 @@ def three_classes(glue_folder):
     return glue_folder
 
 MNLI = [*ONE, "--task", "mnli", "--epochs", "1"]
-NEW_HEAD = "bert: a new classifier of entailment, neutral, contradiction; config.json names "
+NEW_HEAD = ("bert: its classifier of {} is not used; one of entailment, neutral, contradiction is "
+            "drawn")
 
 @pytest.mark.parametrize("names, used", [
     (["Entailment", "NEUTRAL", "contradiction"], True), (["a", "b", "c"], False),
@@ -824,11 +825,16 @@ def test_a_head_is_used_only_for_the_classes_it_was_trained_for(three_classes, n
     weight = train_glue.build_model(data).classifier.weight
     head = read_safetensors("bert/model.safetensors")["classifier.weight"]
     assert torch.equal(weight, head) is used and weight.shape == head.shape
-    assert data.notes == ([] if used else [NEW_HEAD + (", ".join(names) or "no classes")])
+    said = NEW_HEAD.format(", ".join(names) or "classes without names")
+    assert data.notes == ([] if used else [said])
+    tensors = read_safetensors("bert/model.safetensors")
+    bare = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier")}
+    model_file.write_safetensors("bert/model.safetensors", bare)
+    assert train_glue.load(args).notes == []  # there is no head to speak of
 
 def test_a_note_is_printed_once_by_however_many_processes(three_classes, capfd):
     main([*MNLI, "--seeds", "0", "1", "--jobs", "2"])
-    assert capfd.readouterr().out.splitlines().count(NEW_HEAD + "no classes") == 1
+    assert capfd.readouterr().out.splitlines().count(NEW_HEAD.format("classes without names")) == 1
 
 def test_every_task_names_its_classes():
     names = {name: (task.names or task.answers).split() for name, task in TASKS.items()}

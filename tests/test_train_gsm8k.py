@@ -472,26 +472,29 @@ def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
     ("1/2", None, None), ("#### 12.5/5", None, None), ("#### $5/$2", None, None),
     ("1/2 of 10 is 5", None, "5"), ("#### 10 / 2", None, None), ("(3 + 4)/2", None, None),
     ("x/2", None, None), ("#### 3 1/2", None, None), ("#### 3\u00bd", None, None),
-    ("it is \u00be", None, None), (r"so \frac{1}{2}", None, None), (r"\dfrac{1}{2} or 5", None, "5"),
-    ("#### 1/-2", None, None), ("$5/hour", None, "5"), ("#### 5/day", "5", "5"), ("20%/5%", None, None),
-    ("3 then 1/2", None, None), ("10//3", None, None),
-    ("20%-5%", None, "5"), ("20% -5%", None, "5"), ("3-2", None, "2"), ("(3 + 4)-2", None, "2"),
-    ("[4] -2", None, "2"), ("$20-$5", None, "5"), ("20$-5$", None, "5"), ("\u20ac20-\u20ac5", None, "5"),
-    ("x-5", None, "5"), ("5 - -3", None, "-3"), ("3--2", None, "-2"), ("(-5)", None, "-5"),
-    ("= -$1,250.75", None, "-1250.75"), ("#### -.5", "-.5", "-.5"), ("\u20ac-5", None, "-5"),
-    ("-\u20ac5", None, "-5"), ("#### \u20ac5", "5", "5"), ("is -5%", None, "-5"), ("#### 20%", "20", "20"),
-    ("#### \u22121/2", None, None), ("**-5**", None, "-5"),
-    ("12/05/2021", None, None), ("on 2021-05-12", None, None), ("12.05.2021", None, None),
-    ("#### 3:30", None, None), ("a ratio of 3:2", None, None), ("1.2.3", None, None),
-    ("#### 1e5", None, None), ("#### 2^10", None, None), ("x^2", None, None), ("#### 10^-3", None, None),
-    ("It is 5.", None, "5"), ("wait...6", None, "6"), ("One.2 more", None, "2"), ("$.50", None, ".50"),
-    ("5.5 or 6.25.", None, "6.25"), ("#### 5kg", "5", "5"), ("2021", None, "2021"),
-    ("10-20", None, "20"), ("Total:5", None, "5"), ("1,234,56", None, "56"), ("12345,678", None, "678")])
+    ("it is \u00be", None, None), (r"so \frac{1}{2}", None, None),
+    (r"\dfrac{1}{2} or 5", None, "5"), ("#### 1/-2", None, None), ("$5/hour", None, "5"),
+    ("#### 5/day", "5", "5"), ("20%/5%", None, None), ("3 then 1/2", None, None),
+    ("10//3", None, None), ("20%-5%", None, "5"), ("20% -5%", None, "5"), ("3-2", None, "2"),
+    ("(3 + 4)-2", None, "2"), ("[4] -2", None, "2"), ("$20-$5", None, "5"), ("20$-5$", None, "5"),
+    ("\u20ac20-\u20ac5", None, "5"), ("x-5", None, "5"), ("5 - -3", None, "-3"),
+    ("3--2", None, "-2"), ("(-5)", None, "-5"), ("= -$1,250.75", None, "-1250.75"),
+    ("#### -.5", "-.5", "-.5"), ("\u20ac-5", None, "-5"), ("-\u20ac5", None, "-5"),
+    ("#### \u20ac5", "5", "5"), ("is -5%", None, "-5"), ("#### 20%", "20", "20"),
+    ("#### \u22121/2", None, None), ("**-5**", None, "-5"), ("12/05/2021", None, None),
+    ("on 2021-05-12", None, None), ("12.05.2021", None, None), ("#### 3:30", None, None),
+    ("a ratio of 3:2", None, None), ("1.2.3", None, None), ("#### 1e5", None, None),
+    ("#### 2^10", None, None), ("x^2", None, None), ("#### 10^-3", None, None),
+    ("It is 5.", None, "5"), ("wait...6", None, "6"), ("One.2 more", None, "2"),
+    ("$.50", None, ".50"), ("5.5 or 6.25.", None, "6.25"), ("#### 5kg", "5", "5"),
+    ("2021", None, "2021"), ("10-20", None, "20"), ("Total:5", None, "5"), ("1,234,56", None, "56"),
+    ("12345,678", None, "678")])
 def test_where_a_number_ends_and_begins(text, strict, flexible):
     """A fraction, a date, a time, a ratio or a power is no number, nor is a part of one."""
     assert (extract_answer(text), extract_answer(text, strict=False)) == (strict, flexible)
 
 
 def test_long_texts_are_searched_in_no_time():
-    for text in ("1/" * 9999, "1.1" * 9999, "1,111" * 9999, "-" * 99999, "1 1 " * 9999, "1 " * 9999 + "/"):
-        extract_answer("#### " + text), extract_answer(text, strict=False)
+    for part in ("1/", "1.1", "1,111", "-", "1 1 ", "1 ", r"\frac{"):
+        extract_answer("#### " + part * 9999)
+        extract_answer(part * 9999 + "/", strict=False)
