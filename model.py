@@ -358,8 +358,8 @@ class Transformer(nn.Module):
     def from_pretrained(cls, folder_or_hub_id, num_labels=None, dtype=None, revision=None,
                         new_head=False):
         """The model of a folder with config.json and weights, or of a hub id, in eval mode.
-        num_labels: outputs of an encoder's classifier, drawn anew where the checkpoint has none of
-        that size, or with new_head: config.labels says what its own tells apart.
+        num_labels: outputs of an encoder's classifier.  It is drawn anew where the checkpoint has
+        none of that size, and with new_head; config.labels has the classes' names in config.json.
         dtype: float32 by default.  ValueError names a file that does not fit."""
         folder = local_folder(folder_or_hub_id, revision)
         config, family = read_config(folder)
@@ -638,7 +638,7 @@ def says_again(tensor, key, tensors, config):
     return torch.equal(tensor, places if key.endswith("_ids") else tensors["shared.weight"])
 
 def fit_tensors(tensors, expected, new_head):
-    """Draw a classifier, if none fits too, then ValueError for the first tensor that does not."""
+    """Draw a classifier where none fits, or with new_head.  ValueError for tensors that do not."""
     head = {key: p.shape for key, p in sorted(expected.items()) if key.startswith("classifier.")}
     if new_head or any(key not in tensors or tensors[key].shape != head[key] for key in head):
         for key, shape in head.items():
@@ -738,8 +738,8 @@ def write_safetensors(path, tensors):
 
 def save_pretrained(model, folder, source):
     """Write a checkpoint in the Hugging Face layout, config.json last.  That file, which names the
-    dtype, and every file but those that MADE_OF_WEIGHTS has come from the folder `source`.
-    ValueError for an unnamed parameter."""
+    dtype, and all others that are not MADE_OF_WEIGHTS come from the folder `source`; the classes'
+    names are config.labels.  ValueError for an unnamed parameter."""
     raw, tensors = read_json(os.path.join(source, "config.json")), {}
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     dtype = getattr(torch, dtype) if dtype in ("float16", "bfloat16") else torch.float32
