@@ -79,7 +79,7 @@ class LoRALinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])                           # (rows, n)
         out = F.linear(rows, self.weight, self.bias)                # (rows, m)
         low = F.linear(rows, A.to(rows.dtype)).to(out.dtype)        # (rows, r + r2)
-        out.addmm_(low, B.to(out.dtype).t(), alpha=self.scale)      # out += s (x A^T) B^T
+        out = torch.addmm(out, low, B.to(out.dtype).t(), alpha=self.scale)  # + s (x A^T) B^T
         return out.view(*x.shape[:-1], self.out_features)
 
     def delta(self):
@@ -448,7 +448,7 @@ def _adapter(model, rename):
     return slots, _settings(layers, sorted(heads), others), _fingerprint(layers)
 
 def _settings(layers, heads, others):
-    """adapter_config.json.  ValueError where PEFT would take another module, or scale, than ours."""
+    """adapter_config.json.  ValueError where PEFT would take another module, or another scale."""
     sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
     _require(len(sizes) == 1, f"layers with several (rank, alpha): {sizes}; a file has one")
     (rank, alpha), targets = *sizes, sorted(layers)

@@ -483,3 +483,26 @@ def test_starts_of_peft_that_move_the_base_are_refused(tmp_path, initial):
     path.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"init_lora_weights is {initial}"):
         load_adapter(model, str(tmp_path))
+
+
+# ---------------------------------------------------------------------------- stacked adapters
+
+
+def test_vmap_over_stacked_adapters():
+    """Three adapters of one base in one call, against one after the other; gradients too."""
+    model, x = net(nn.Tanh()), torch.randn(6, 5)
+    add_lora(model, 2, 4)
+    torch.manual_seed(2)
+    stacked = {name: torch.randn(3, *p.shape, requires_grad=True)
+               for name, p in model.named_parameters() if p.requires_grad}
+
+    def outputs(factors):
+        return torch.func.functional_call(model, factors, (x,))
+
+    together = torch.func.vmap(outputs)(stacked)
+    alone = [outputs({name: p[i] for name, p in stacked.items()}) for i in range(3)]
+    torch.testing.assert_close(together, torch.stack(alone))
+    found = torch.autograd.grad(together.square().sum(), list(stacked.values()))
+    expected = torch.autograd.grad(torch.stack(alone).square().sum(), list(stacked.values()))
+    for name, a, b in zip(stacked, found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
