@@ -172,6 +172,26 @@ def test_the_noise_is_one_for_all_micro_batches_and_not_the_dropouts(batch, name
     assert not torch.equal(seen[2], seen[4])
 
 
+def test_the_rows_of_flat_loras_noise_have_their_own_size(batch):
+    """The same normal numbers as RWP's, each row times f rho ||W_i|| / sqrt(n)."""
+    moves = {}
+    for name in ("rwp-full", "flat-lora"):
+        net = adapted()
+        run, layers = run_of(net, rho=0.3), layers_of(net)
+        run.log = [{}] * 5  # f = 1 / 2
+        old = [layer.weight.clone() for layer in layers]
+        sizes = [(layer.weight + 3.0 * layer.lora_B @ layer.lora_A).norm(dim=1, keepdim=True)
+                 / math.sqrt(layer.in_features) for layer in layers]
+
+        def closure():
+            moves[name] = [layer.weight.clone() - W for layer, W in zip(layers, old)]
+            return closure_of(net, batch)()
+        take(name, run, closure)
+    expected = [0.5 * size * move for size, move in zip(sizes, moves["rwp-full"])]
+    for i, (a, b) in enumerate(zip(moves["flat-lora"], expected)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8, msg=f"layer {i}")
+
+
 def test_flat_lora_begins_without_noise(batch):
     net, plain = adapted(), adapted()
     assert take("flat-lora", run_of(net), closure_of(net, batch))["perturbation"] == 0
@@ -422,6 +442,25 @@ def test_head_sam_is_sam_on_the_head_in_one_pass(kind):
                                    msg=lambda text: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("kind", ["classifier", "llama2"])
+def test_each_micro_batch_has_its_own_perturbation_of_the_head(kind):
+    """Parts of two rows: the sum of what the parts give alone, each with its own targets."""
+    run, closure, _ = script_run(kind)
+    args, model, data, rows = closure.args
+    args.micro_batch = 2
+    take("head-sam", run, closure)
+    found, expected = trained_gradients(run), {}
+    weigh = len if kind == "classifier" else lambda part: sum(len(row[1]) for row in part)
+    for start in range(0, len(rows), 2):
+        run, closure, _ = script_run(kind)
+        part = rows[start:start + 2]
+        take("head-sam", run, partial(closure.func, *closure.args[:3], part))
+        for name, g in trained_gradients(run).items():
+            expected[name] = expected.get(name, 0) + g * weigh(part) / weigh(rows)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_the_relative_radius_is_a_share_of_the_heads_norm():
     run, closure, head = script_run("classifier")
     size = head.weight.norm().item()
@@ -491,6 +530,24 @@ def test_esam_perturbs_half_of_the_tensors_and_keeps_the_top_half_of_the_rows(ki
     rises = [b - a for a, b in zip(start[1], start[2])]
     best = sorted(range(len(rows)), key=lambda i: -rises[i])[:round(len(rows) / 2)]
     assert batches[0] == rows and batches[1] == [rows[i] for i in sorted(best)]
+
+
+def test_esam_draws_its_tensors_anew_in_each_step():
+    run, closure, _ = script_run("classifier")
+    args, model, data, rows = closure.args
+    run.descent.param_groups[0]["lr"] = 0.0
+    start = [p.detach().clone() for p in primary_parameters(model)]
+    moved = set()
+
+    def watched(args, model, data, batch):
+        where = tuple(not torch.equal(a, p) for a, p in zip(start, primary_parameters(model)))
+        moved.add(where)
+        return closure.func(args, model, data, batch)
+
+    watched.__module__ = closure.func.__module__
+    for _ in range(3):
+        take("esam", run, partial(watched, args, model, data, rows))
+    assert len(moved) == 1 + 3 and {sum(where) for where in moved} == {0, len(start) // 2}
 
 
 # -------------------------------------------------------------------------------------- resuming
