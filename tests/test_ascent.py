@@ -48,16 +48,14 @@ RUN = ["train_glue.py", "--limit", "16", "--batch-size", "16", "--epochs", "6", 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, few_sentences):
+def folder(tmp_path_factory, small_demos):
     path, before = tmp_path_factory.mktemp("runs"), os.getcwd()
     os.chdir(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
-        for out, more in (("lora", ["--method", "lora"]), ("one", ["--method", "bi-lora"]),
-                          ("many", ["--method", "bi-lora", "--aux-lr", "0.5", "--rho", "0.002"]),
-                          ("adamw", ["--method", "bi-lora", "--ascent", "adamw"])):
-            methods.main([*RUN, *more, "--snapshots", "7", "--out", out])
-        yield path
+    for out, more in (("lora", ["--method", "lora"]), ("one", ["--method", "bi-lora"]),
+                      ("many", ["--method", "bi-lora", "--aux-lr", "0.5", "--rho", "0.002"]),
+                      ("adamw", ["--method", "bi-lora", "--ascent", "adamw"])):
+        methods.main([*RUN, *more, "--snapshots", "7", "--out", out])
+    yield path
     os.chdir(before)
 
 

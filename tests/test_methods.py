@@ -30,10 +30,9 @@ WORDS = ["--limit", "6", "--epochs", "1", "--eval-limit", "2", "--max-new-tokens
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch, few_sentences):
-    """An empty folder, and the demo with few sentences; afterwards METHODS is as it was."""
+def folder(tmp_path, monkeypatch, small_demos):
+    """An empty folder; afterwards METHODS is as it was."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
     before = dict(METHODS)
     yield tmp_path
     METHODS.clear()

@@ -553,12 +553,12 @@ def test_esam_draws_its_tensors_anew_in_each_step():
 # -------------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize("name", ["looksam", "s2sam", "noise-kept", "flat-lora"])
-def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch, few_sentences, name):
+def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch, small_demos, name):
     """Stopped in the middle of an epoch: what a method keeps, or draws, goes on bit for bit."""
     monkeypatch.chdir(tmp_path)
-    argv = ["train_glue.py", "--data", few_sentences, "--limit", "24", "--epochs", "1", "--jobs",
-            "1", "--batch-size", "8", "--device", "cpu", "--seeds", "0", "--method", name,
-            "--save-every", "1", "--dropout", "0.1"]
+    argv = ["train_glue.py", "--limit", "24", "--epochs", "1", "--jobs", "1", "--batch-size", "8",
+            "--device", "cpu", "--seeds", "0", "--method", name, "--save-every", "1",
+            "--dropout", "0.1"]
     methods.main([*argv, "--out", "straight"])
     whole, calls = train_glue.save_state, []
 

@@ -29,16 +29,13 @@ SMALL = ["--rows", "12", "--directions", "2", "--points", "3", "--grid", "2", "-
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, few_sentences):
+def folder(tmp_path_factory, small_demos):
     """All four methods with seed 0, two of them with seed 1, with snapshots."""
     path, before = tmp_path_factory.mktemp("runs"), os.getcwd()
     os.chdir(path)
-    patch = pytest.MonkeyPatch()
-    patch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
     for names, seed in ((ALL, "0"), (("lora", "lora-sam"), "1")):
         methods.main(["train_glue.py", *RUN, "--method", *names, "--seeds", seed, "--snapshots", "4", "--out", "out", "--lr", "0.01", "--aux-lr", "0.01"])
     yield str(path)
-    patch.undo()
     os.chdir(before)
 
 

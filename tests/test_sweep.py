@@ -25,9 +25,8 @@ GRID = ["train_glue.py", "--x", "rho", "0.5", "2", "--y", "aux-rank", "2", "3", 
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch, few_sentences):
+def folder(tmp_path, monkeypatch, small_demos):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train_glue.TASKS["demo"].settings, "data", few_sentences)
     return tmp_path
 
 
