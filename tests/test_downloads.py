@@ -1,34 +1,41 @@
-"""Downloads from a server on this machine: a model from a hub (through HF_ENDPOINT, in a process of its own, for
-huggingface_hub reads it once), and GLUE's archives.  What is broken leaves nothing that a next run would take for whole.
+"""Downloads from a server on this machine: a model from a hub, through HF_ENDPOINT, and GLUE's
+archives.  What is broken leaves nothing that a next run would take for whole.
 """
 
 import hashlib
 import http.server
+import importlib
 import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
+import time
 import zipfile
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import train_glue
-from model import read_safetensors, write_safetensors
+from model import (Transformer, load_tokenizer, local_folder, read_safetensors,
+                   write_safetensors)
 from test_train_glue import MRPC, error_of
 from train_glue import TASKS, read_tsv
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 COMMIT = "0123456789" * 4
 
 
+def sha1(data):
+    return hashlib.sha1(data).hexdigest()
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """Serves files; as a hub, the repositories it is given: {id: {file name: bytes}}.  Notes what was asked for."""
+    """Serves files; as a hub, the repositories it is given: {id: {file name: bytes}}.  Notes what
+    was asked for."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -44,30 +51,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         parts = path.split("/")
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         repository = server.repositories.get(name)
-        if path == "mend":
-            server.short.clear()
-            return self.answer(b"")
         if path.endswith(server.garbled):
             return self.wfile.write(b"no status line\r\n\r\n")
         if path in server.files:
             return self.answer(server.files[path])
         if name == "org/gated" and self.headers.get("Authorization") != "Bearer secret":
-            return self.answer(b"", 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+            return self.fail(401, "GatedRepo", "Access is restricted")
         if repository is None:
-            return self.answer(b"", 401 if parts[0] == "api" else 404, {"X-Error-Code": "RepoNotFound"})
+            return self.fail(401 if parts[0] == "api" else 404, "RepoNotFound")
         if parts[0] == "api" and parts[4] == "revision":
             if parts[5] not in ("main", "v2"):
-                return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
-            return self.json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in repository]})
+                return self.fail(404, "RevisionNotFound")
+            files = [{"rfilename": file} for file in repository]
+            return self.json({"id": name, "sha": COMMIT, "siblings": files})
         if parts[0] == "api" and parts[4] == "tree":
-            return self.json([{"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            return self.json([{"type": "file", "path": file, "size": len(data), "oid": sha1(data)}
                               for file, data in repository.items()])
         if parts[2] == "resolve" and parts[4] in repository:
             data = repository[parts[4]]
-            return self.answer(data, headers={"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
-        self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
+            headers = {"ETag": f'"{sha1(data)}"', "X-Repo-Commit": COMMIT}
+            return self.answer(data, headers=headers)
+        self.fail(404, "EntryNotFound")
 
     do_HEAD = do_GET
+
+    def fail(self, status, code, message=""):
+        self.answer(b"", status, {"X-Error-Code": code, "X-Error-Message": message})
 
     def json(self, value):
         self.answer(json.dumps(value).encode(), headers={"Content-Type": "application/json"})
@@ -100,27 +109,30 @@ def server():
 
 def checkpoint(family):
     """{file name: bytes} of a tiny checkpoint with a tokenizer, and a file that nobody needs."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcdef"])}, unk_token="[UNK]"))
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcdef"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     files = {"tokenizer.json": tokenizer.to_str().encode(), "flax_model.msgpack": b"unread"}
     for name in ("config.json", "model.safetensors"):
-        with open(os.path.join(HERE, "golden", family, name), "rb") as file:
+        with open(os.path.join(GOLDEN, family, name), "rb") as file:
             files[name] = file.read()
     return files
 
 
 def pickled(files):
-    """The same repository, with the weights as torch.save writes them and BERT's list of words for a tokenizer."""
-    path = os.path.join(HERE, "golden", "bert", "model.safetensors")
+    """The same repository, with the weights as torch.save writes them and BERT's list of words for
+    a tokenizer."""
+    path = os.path.join(GOLDEN, "bert", "model.safetensors")
     buffer = io.BytesIO()
     torch.save({key: tensor.clone() for key, tensor in read_safetensors(path).items()}, buffer)
     words = "".join(word + "\n" for word in ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef"])
-    return {"config.json": files["config.json"], "pytorch_model.bin": buffer.getvalue(), "vocab.txt": words.encode()}
+    return {"config.json": files["config.json"], "pytorch_model.bin": buffer.getvalue(),
+            "vocab.txt": words.encode()}
 
 
 def sharded(files, scratch):
     """The same repository, its weights in two files and an index."""
-    tensors = read_safetensors(os.path.join(HERE, "golden", "bert", "model.safetensors"))
+    tensors = read_safetensors(os.path.join(GOLDEN, "bert", "model.safetensors"))
     parts = {f"model-0000{i + 1}-of-00002.safetensors": sorted(tensors)[i::2] for i in range(2)}
     out = {name: data for name, data in files.items() if name != "model.safetensors"}
     for name, keys in parts.items():
@@ -130,90 +142,104 @@ def sharded(files, scratch):
     return {**out, "model.safetensors.index.json": json.dumps(index).encode()}
 
 
-def fetch(home, server, *calls, **variables):
-    """What calls of the project give in a process of its own: a number for a model, the error's text where there is one."""
-    code = """
-import os, sys, time, urllib.request
-time.sleep = lambda seconds: None  # the hub's client waits between its attempts
-sys.path.insert(0, sys.argv[1])
-from model import Transformer, load_tokenizer
+@pytest.fixture
+def hub(tmp_path, server):
+    """The hub's client reads its variables when it is imported: hub(NAME=value) sets some and has
+    it read them again.  From the beginning on it knows this server and an empty cache."""
+    def read(**variables):
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        importlib.reload(huggingface_hub.constants)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("HF_")]:
+            patch.delenv(name)
+        patch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its attempts
+        read(HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=server.address,
+             HF_HUB_DISABLE_TELEMETRY="1")
+        yield read
+    read()
+
+
 def total(name, **settings):
+    """(sum of all parameters, number of words) of a model."""
     tokenizer = load_tokenizer(name, settings.get("revision"))
-    return [round(sum(p.double().sum().item() for p in Transformer.from_pretrained(name, **settings).parameters()), 6),
-            tokenizer.get_vocab_size()]
-def mend():
-    urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/mend")
-answers = []
-for call in sys.argv[2:]:
-    try:
-        answers.append(eval(call))
-    except ValueError as error:
-        answers.append(str(error))
-    except SystemExit as error:
-        answers.append(error.code)
-print("ANSWERS", answers)
-"""
-    settings = {"HF_HOME": str(home), "HF_ENDPOINT": server.address, "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
-                "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2", **variables}
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    done = subprocess.run([sys.executable, "-c", code, os.path.dirname(HERE), *calls], env={**environment, **settings},
-                          capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return eval(done.stdout.partition("ANSWERS")[2]), done.stderr
+    model = Transformer.from_pretrained(name, **settings)
+    return sum(p.double().sum().item() for p in model.parameters()), tokenizer.get_vocab_size()
 
 
-def test_models_from_a_hub(tmp_path, server):
+def refused(name, **settings):
+    """The one line of the error, which names the model and both ways out."""
+    with pytest.raises(ValueError) as caught:
+        total(name, **settings)
+    error = str(caught.value)
+    assert error.startswith(f"{name}: no such folder, nor could it be had from the hub (")
+    assert error.endswith("); give a folder that has the model's files, or the id of a model on "
+                          "the hub and a connection") and "\n" not in error
+    return error
+
+
+def test_models_from_a_hub(tmp_path, server, hub, capsys):
     bert = checkpoint("bert")
-    server.repositories = {"org/bert": bert, "org/pickled": pickled(bert), "org/gated": checkpoint("llama3"),
-                           "org/sharded": sharded(bert, tmp_path)}
-    names = ["org/bert", "org/pickled", "org/gated", "org/sharded"]
-    found, progress = fetch(tmp_path / "home", server, *(f"total('{name}')" for name in names), HF_TOKEN="secret")
-    expected = {family: sum(t.double().sum().item() for key, t in
-                            read_safetensors(os.path.join(HERE, "golden", family, "model.safetensors")).items()
-                            if not key.startswith(("classifier", "bert.pooler"))) for family in ("bert", "llama3")}
-    assert [answer[0] for answer in found] == pytest.approx([expected["bert"], expected["bert"], expected["llama3"],
-                                                              expected["bert"]], abs=1e-4)
-    assert [answer[1] for answer in found] == [8, 10, 8, 8]
-    asked = {path.rpartition("/")[2] for method, path, _ in server.asked if method == "GET" and "/resolve/" in path}
-    assert asked == {"config.json", "tokenizer.json", "vocab.txt", "model.safetensors", "pytorch_model.bin",
-                     "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    server.repositories = {
+        "org/bert": bert, "org/pickled": pickled(bert), "org/gated": checkpoint("llama3"),
+        "org/sharded": sharded(bert, tmp_path)}
+    hub(HF_TOKEN="secret")
+    found = [total(name) for name in ("org/bert", "org/pickled", "org/gated", "org/sharded")]
+    progress, sums = capsys.readouterr().err, {}
+    for family in ("bert", "llama3"):
+        tensors = read_safetensors(os.path.join(GOLDEN, family, "model.safetensors"))
+        sums[family] = sum(t.double().sum().item() for name, t in tensors.items()
+                           if not name.startswith(("classifier", "bert.pooler")))
+    expected = [sums["bert"], sums["bert"], sums["llama3"], sums["bert"]]
+    assert [number for number, _ in found] == pytest.approx(expected, abs=1e-4)
+    assert [words for _, words in found] == [8, 10, 8, 8]
+    asked = {path.rpartition("/")[2] for method, path, _ in server.asked
+             if method == "GET" and "/resolve/" in path}
+    assert asked == {
+        "config.json", "tokenizer.json", "vocab.txt", "model.safetensors", "pytorch_model.bin",
+        "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors"}
     assert ("GET", "api/models/org/gated/revision/main", "Bearer secret") in server.asked
     assert "Fetching" in progress or "ownload" in progress
+
+    hub(HF_HUB_OFFLINE="1")
     before = len(server.asked)
-    call = f"__import__('train_glue').main(['--task', 'mrpc', '--data', '{tmp_path}', '--model', 'org/bert', '--max-length', '9', '--rank', '2'])"
-    again, error = fetch(tmp_path / "home", server, "total('org/bert')", call, HF_HUB_OFFLINE="1")
-    assert again[0] == found[0] and len(server.asked) == before  # the cache, without a word to the server
-    assert again[1] == 2 and str(tmp_path / "train.tsv") in error and error.count("\n") == 1
+    assert total("org/bert") == found[0]
+    error = error_of(capsys, ["--task", "mrpc", "--data", str(tmp_path), "--model", "org/bert",
+                              "--max-length", "9", "--rank", "2"])
+    assert str(tmp_path / "train.tsv") in error
+    assert len(server.asked) == before  # the cache, without a word to the server
 
 
-def test_what_stands_beside_the_weights_comes_from_the_hub_too(tmp_path, server):
+def test_what_stands_beside_the_weights_comes_from_the_hub_too(server, hub):
     """And no weights of another format, nor any where only the tokenizer is asked for."""
-    beside = {name: b"{}" for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "LICENSE", "README.md", "merges.txt")}
-    weights = {name: b"unread" for name in ("pytorch_model.bin", "model.onnx", "tf_model.h5", "model.gguf", "original/consolidated.00.pth")}
-    server.repositories = {"org/llama": {**checkpoint("llama3"), **beside, **weights}}
-    listed = "sorted(__import__('os').listdir(__import__('model').local_folder('org/llama', weights={})))"
-    found, _ = fetch(tmp_path / "home", server, listed.format(False), listed.format(True))
-    assert found[0] == sorted([*beside, "config.json", "tokenizer.json"])
-    assert found[1] == sorted([*found[0], "model.safetensors"])
+    beside = ["generation_config.json", "chat_template.jinja", "tokenizer.model", "LICENSE",
+              "README.md", "merges.txt"]
+    weights = ["pytorch_model.bin", "model.onnx", "tf_model.h5", "model.gguf",
+               "original/consolidated.00.pth"]
+    server.repositories = {"org/llama": {**checkpoint("llama3"), **dict.fromkeys(beside, b"{}"),
+                                         **dict.fromkeys(weights, b"unread")}}
+    without = {*beside, "config.json", "tokenizer.json"}
+    assert {*os.listdir(local_folder("org/llama", weights=False))} == without
+    assert {*os.listdir(local_folder("org/llama"))} == without | {"model.safetensors"}
 
 
-def test_what_a_hub_does_not_give(tmp_path, server):
-    server.repositories = {"org/bert": checkpoint("bert"), "org/gated": checkpoint("llama3"), "org/cut": checkpoint("bert")}
+def test_what_a_hub_does_not_give(tmp_path, server, hub):
+    server.repositories = {"org/bert": checkpoint("bert"), "org/gated": checkpoint("llama3"),
+                           "org/cut": checkpoint("bert")}
     server.short = {"model.safetensors"}
-    calls = ["total('org/gated')", "total('org/none')", "total('org/bert', revision='gone')", "total('org/cut')", "total('a/b/c')",
-             "mend()", "total('org/cut', revision='v2')", "total('org/bert')"]
-    found, _ = fetch(tmp_path / "home", server, *calls)
-    assert found[4] == "a/b/c: no such folder, nor could it be had from the hub (Repo id must be in the form 'repo_name' or " + (
-        "'namespace/repo_name': 'a/b/c'. Use `repo_type` argument if needed.); give a folder that has the model's files, or the id of "
-        "a model on the hub and a connection")
-    for answer, name, part in zip(found, ["org/gated", "org/none", "org/bert", "org/cut", "a/b/c"],
-                                  ["restricted", "Repository Not Found", "Revision Not Found", "", "Repo id must be"]):
-        assert answer.startswith(f"{name}: no such folder, nor could it be had from the hub (") and "\n" not in answer
-        assert part in answer and "give a folder that has the model's files, or the id of a model" in answer
-    assert found[-2] == found[-1] and found[-1][0] > 0  # the broken half was not kept
+    for name, settings, reason in (
+            ("org/gated", {}, "restricted"), ("org/none", {}, "Repository Not Found"),
+            ("org/bert", {"revision": "gone"}, "Revision Not Found"), ("org/cut", {}, ""),
+            ("a/b/c", {}, "Repo id must be in the form 'repo_name' or 'namespace/repo_name'")):
+        assert reason in refused(name, **settings)
+    server.short.clear()
+    found = total("org/bert")
+    assert total("org/cut", revision="v2") == found and found[0] > 0  # the broken half was not kept
     server.server_close()
-    found, _ = fetch(tmp_path / "empty", server, "total('org/bert')")
-    assert found[0].startswith("org/bert: no such folder, nor could it be had from the hub (")
+    hub(HF_HOME=str(tmp_path / "empty"))
+    refused("org/bert")
 
 
 # ------------------------------------------------------------------------------------------ GLUE
