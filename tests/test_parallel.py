@@ -1,11 +1,9 @@
-"""Two processes with half of the batch each, under DistributedDataParallel, against one process with all of it.
+"""Two processes with half of the batch each, under DistributedDataParallel, against one process
+with all of it.
 
-DDP averages the gradients before a step sees them, so that eps, its norm F and the auxiliary pairs agree on every rank.
+DDP averages the gradients before a step sees them, so that eps, its norm F and the auxiliary pairs
+agree on every rank.
 """
-
-import os
-import subprocess
-import sys
 
 import torch
 
@@ -16,12 +14,14 @@ STEPS = 3
 
 
 def train(net, model, batch, method):
-    """`model` is what the closure calls: net itself, or net in DDP.  Returns the adapter after some steps."""
+    """`model` is what the closure calls: net itself, or net in DDP.  Returns the adapter after some
+    steps."""
+    closure = closure_of(model, batch)
     for _ in range(STEPS):
         if method == "bi-lora":
-            bilora_step(*sgd_pair(net), closure_of(model, batch), lora_layers(net), 0.1)
+            bilora_step(*sgd_pair(net), closure, lora_layers(net), 0.1)
         else:
-            lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.1), closure_of(model, batch), 0.3)
+            lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.1), closure, 0.3)
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
@@ -31,7 +31,8 @@ def whole_batch():
 
 
 def worker(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     half = tuple(t[4 * rank:4 * rank + 4] for t in whole_batch())
     for method in ("lora-sam", "bi-lora"):
         net = adapted(aux_rank=2 if method == "bi-lora" else 0)
@@ -43,13 +44,9 @@ def worker(rank, folder):
 
 
 def test_two_processes_equal_one(tmp_path):
-    root = os.path.dirname(__file__)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.path.dirname(root)]), "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, "-c", f"import test_parallel; test_parallel.worker({rank}, {str(tmp_path)!r})"],
-                                  env=env, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    # a fork has torch imported already; but with a GPU autograd does not survive one
+    start_method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(worker, (tmp_path,), 2, start_method=start_method)
     for method in ("lora-sam", "bi-lora"):
         net = adapted(aux_rank=2 if method == "bi-lora" else 0)
         start = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -58,4 +55,6 @@ def test_two_processes_equal_one(tmp_path):
         for rank in (0, 1):
             found = torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True)
             for name, value in expected.items():
-                torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+                where = f"{method}, rank {rank}, {name}: "
+                torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12,
+                                           msg=lambda text: where + text)
