@@ -56,7 +56,7 @@ def a_run(method, *options):
     return run, options
 
 
-def test_all_parts_of_all_methods(capsys, monkeypatch):
+def test_all_parts_of_all_methods(capsys, monkeypatch, ticks):
     runs = [*(f"out/{method}-seed0" for method in ALL), "out/lora-sam-seed1"]
     few = [*SMALL, "--ascent-epochs", "1", "--rows", "6", "--iterations", "1", "--steps", "1", "--moments", "1", "--batches", "1"]
     monkeypatch.setattr(sharpness, "ascent_rules", lambda lr, rules=sharpness.ascent_rules: dict(list(rules(lr).items())[::3]))
@@ -137,13 +137,13 @@ def test_centre_and_scores_are_those_of_the_merged_model(method):
 def test_scores_are_those_at_the_moved_weights():
     """Part b at an alpha that changes them, beside a copy of the model whose frozen weights were moved by hand."""
     run, options = a_run("lora")
-    options.alphas = [0.0, 30.0]
+    options.alphas = [0.0, 60.0]
     found, model, rows = sharpness.measure_b(run, options)["full"], copy.deepcopy(run.model), run.data.sets["dev"]
     weights = [layer.weight.requires_grad_(True) for layer in run.layers]
     sum(loss() for loss in run.losses(run.sample)).backward()
     total = math.sqrt(sum(w.grad.square().sum().item() for w in weights))
     for layer, w in zip(lora_layers(model), weights):
-        layer.weight.data += 30.0 * w.grad / total
+        layer.weight.data += 60.0 * w.grad / total
     right = [p == label for p, (*_, label) in zip(train_glue.predict(run.args, model, run.data, rows), rows)]
     assert found["accuracy"] == [pytest.approx(found["accuracy"][0]), pytest.approx(sum(right) / len(right))]
     assert found["loss"][1] == pytest.approx(plain_loss(model, run.sample), rel=1e-4)

@@ -53,7 +53,7 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_cells_are_the_scripts_own_runs(folder, capsys):
+def test_the_cells_are_the_scripts_own_runs(folder, capsys, ticks):
     run = [*RUN, "--method", "lora", "bi-lora", "--seeds", "100", "7"]
     report = sweep.main([*GRID, "--", *run])
     text = capsys.readouterr().out
