@@ -1,9 +1,13 @@
-"""notes/sweep.py: the grid's runs are those of the scripts, and the same command goes on where it was interrupted.
+"""notes/sweep.py: the grid's runs are those of the scripts, and the same command goes on where it
+was interrupted.
 
-Oracles: train_glue.main and train_gsm8k.main with the same options, bit for bit, which read each base anew; a sweep that
-was not interrupted; Python's statistics.  Runs are made in-process on the demo, and scored on few sentences.
+Oracles: train_glue.main and train_gsm8k.main with the same options, bit for bit, which read each
+base anew; a sweep that was not interrupted; Python's statistics.  Runs are made in-process on small
+demos.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -21,6 +25,7 @@ from tables import number_of  # noqa: E402
 
 RUN = ["--limit", "16", "--epochs", "1", "--batch-size", "8", "--lr", "0.02", "--rank", "2",
        "--device", "cpu", "--jobs", "1"]
+BOTH = [*RUN, "--method", "lora", "bi-lora", "--seeds", "100", "7"]
 GRID = ["train_glue.py", "--x", "rho", "0.5", "2", "--y", "aux-rank", "2", "3", "--out", "out"]
 
 
@@ -53,51 +58,71 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_cells_are_the_scripts_own_runs(folder, capsys, ticks):
-    run = [*RUN, "--method", "lora", "bi-lora", "--seeds", "100", "7"]
-    report = sweep.main([*GRID, "--", *run])
-    text = capsys.readouterr().out
-    assert report == json.loads((folder / "out/sweep.json").read_text())
-    assert report["x"] == {"name": "rho", "values": [0.5, 2.0]} and report["y"] == {"name": "aux-rank", "values": [2, 3]}
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small_demos):
+    """(folder, what was printed, report) of a grid of 2 x 2, two methods, two seeds."""
+    folder, printed = tmp_path_factory.mktemp("whole"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        report = sweep.main([*GRID, "--", *BOTH])
+    return folder, printed.getvalue(), report
+
+
+def test_the_cells_are_the_scripts_own_runs(whole, folder):
+    there, text, report = whole
+    assert report == json.loads((there / "out/sweep.json").read_text())
+    assert report["x"] == {"name": "rho", "values": [0.5, 2.0]}
+    assert report["y"] == {"name": "aux-rank", "values": [2, 3]}
     assert report["metric"] == "accuracy" and report["config"]["lr"] == 0.02
     assert not {"rho", "aux_rank", "out"} & report["config"].keys()
     assert [(cell["x"], cell["y"], cell["method"]) for cell in report["cells"]] == [
         (x, y, method) for y in (2, 3) for x in (0.5, 2.0) for method in ("lora", "bi-lora")]
     for cell in report["cells"]:
         values = [cell["scores"]["100"], cell["scores"]["7"]]
-        assert len(cell["scores"]) == cell["n"] == 2 and cell["mean"] == pytest.approx(statistics.mean(values), abs=1e-12)
-        assert cell["stderr"] == pytest.approx(statistics.stdev(values) / math.sqrt(2), abs=1e-12)
-        row = next(line for line in text.split(f"\n{cell['method']}, ")[1].splitlines() if line.startswith(f"| {cell['y']} |"))
-        assert number_of(cell) in row.split("|")[2 + (cell["x"] == 2.0)]
+        assert len(cell["scores"]) == cell["n"] == 2
+        assert cell["mean"] == pytest.approx(statistics.mean(values), abs=1e-12)
+        error = statistics.stdev(values) / math.sqrt(2)
+        assert cell["stderr"] == pytest.approx(error, abs=1e-12)
+        lines = text.split(f"\n{cell['method']}, ")[1].splitlines()
+        (row, *_) = (line for line in lines if line.startswith(f"| {cell['y']} |"))
+        shown = row.split("|")[2 + (cell["x"] == 2.0)]
+        assert number_of(cell) in shown
     for method in ("lora", "bi-lora"):
-        assert (folder / f"out/sweep-{method}.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(folder.rglob("*.tmp"))
+        assert (there / f"out/sweep-{method}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(there.rglob("*.tmp"))
 
-    expected = train_glue.main([*run, "--rho", "2", "--aux-rank", "3", "--out", "single"])  # the last cell, after all the others
-    for result in expected["results"]:
+    last = ["--rho", "2", "--aux-rank", "3", "--out", "single"]  # the cell after all the others
+    for result in train_glue.main([*BOTH, *last])["results"]:
         method, seed = result["method"], result["seed"]
-        cell = next(c for c in report["cells"] if (c["x"], c["y"], c["method"]) == (2.0, 3, method))
+        (cell,) = (cell for cell in report["cells"]
+                   if (cell["x"], cell["y"], cell["method"]) == (2.0, 3, method))
         assert cell["scores"][str(seed)] == result["metrics"]["accuracy"]
         name = f"{method}-seed{seed}"
-        ours, theirs = folder / "out/rho-2.0_aux-rank-3" / name, folder / "single" / name
-        assert same(ours, theirs) and (ours / "config.json").read_text() == (theirs / "config.json").read_text()
-    assert not same(folder / "out/rho-0.5_aux-rank-2/bi-lora-seed7", folder / "single/bi-lora-seed7")
-    assert not same(folder / "single/bi-lora-seed100", folder / "single/bi-lora-seed7")
+        ours, theirs = there / "out/rho-2.0_aux-rank-3" / name, folder / "single" / name
+        assert same(ours, theirs), name
+        assert (ours / "config.json").read_text() == (theirs / "config.json").read_text(), name
+    one, other = (folder / f"single/bi-lora-seed{seed}" for seed in (7, 100))
+    assert not same(there / "out/rho-0.5_aux-rank-2/bi-lora-seed7", one) and not same(one, other)
 
 
 def test_the_other_script_and_one_row(folder, undrawn, capsys):
-    run = [*RUN, "--method", "lora", "--seeds", "0", "--eval-limit", "3", "--max-new-tokens", "3", "--limit", "8", "--no-bf16"]
+    run = [*RUN, "--method", "lora", "--seeds", "0", "--eval-limit", "3", "--max-new-tokens", "3",
+           "--limit", "8", "--no-bf16"]
     report = sweep.main(["train_gsm8k.py", "--x", "alpha", "4", "8", "--", *run])
-    assert report["y"] is None and [(cell["x"], cell["y"]) for cell in report["cells"]] == [(4.0, None), (8.0, None)]
-    assert [cell["stderr"] for cell in report["cells"]] == [None, None]
-    assert "| alpha | 4.0 | 8.0 |\n|---|---|---|\n| accuracy | 0 | 0 |" in capsys.readouterr().out
+    assert report["y"] is None
+    assert [(cell["x"], cell["y"], cell["stderr"]) for cell in report["cells"]] == [
+        (4.0, None, None), (8.0, None, None)]
+    printed = capsys.readouterr().out
+    assert "| alpha | 4.0 | 8.0 |\n|---|---|---|\n| accuracy | 0 | 0 |" in printed
     train_gsm8k.main([*run, "--alpha", "8", "--out", "single"])
     assert same(folder / "runs/sweep-alpha/alpha-8.0/lora-seed0", folder / "single/lora-seed0")
 
 
-def test_a_sweep_goes_on_where_it_was_interrupted(folder, undrawn, monkeypatch):
-    run, train, calls = ["--", *RUN, "--method", "bi-lora", "--seeds", "1", "2"], train_glue.train, []
-    whole = sweep.main([*GRID, *run])
+def test_a_sweep_goes_on_where_it_was_interrupted(whole, folder, undrawn, monkeypatch):
+    """With one of the methods of the whole sweep."""
+    there, _, report = whole
+    cells = [cell for cell in report["cells"] if cell["method"] == "bi-lora"]
+    again, train, calls = [*GRID, "--", *BOTH, "--method", "bi-lora"], train_glue.train, []
 
     def interrupted(args, method, seed, data, place, progress):
         calls.append(place)
@@ -105,31 +130,34 @@ def test_a_sweep_goes_on_where_it_was_interrupted(folder, undrawn, monkeypatch):
             raise KeyboardInterrupt
         return train(args, method, seed, data, place, progress)
 
-    again = [*GRID[:-1], "again", *run]
+    def written():
+        return json.loads((folder / "out/sweep.json").read_text())["cells"]
+
     monkeypatch.setattr(train_glue, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.main(again)
-    assert json.loads((folder / "again/sweep.json").read_text())["cells"] == whole["cells"][:1]
-    assert sweep.main(again) == whole == json.loads((folder / "again/sweep.json").read_text())
-    places = [os.path.join("again", f"rho-{x}_aux-rank-{y}", f"bi-lora-seed{seed}")
-              for y in (2, 3) for x in (0.5, 2.0) for seed in (1, 2)]
+    assert written() == cells[:1]
+    assert sweep.main(again)["cells"] == cells == written()
+    places = [os.path.join("out", f"rho-{x}_aux-rank-{y}", f"bi-lora-seed{seed}")
+              for y in (2, 3) for x in (0.5, 2.0) for seed in (100, 7)]
     assert calls == [*places[:4], *places[3:]]
     for place in places:
-        assert same(folder / place, folder / place.replace("again", "out"))
+        assert same(folder / place, there / place), place
 
     def never(*args):
         raise AssertionError("a finished run is trained again")
 
     monkeypatch.setattr(train_glue, "train", never)
-    assert sweep.main(again) == whole
+    assert sweep.main(again)["cells"] == cells
     fewer = [*again[:again.index("--y")], "--y", "aux-rank", "3", *again[again.index("--out"):]]
-    assert sweep.main(fewer)["cells"] == whole["cells"][2:]
+    assert sweep.main(fewer)["cells"] == cells[2:]
 
 
 def test_a_saved_state_is_gone_on_from(folder, undrawn, monkeypatch):
-    argv, backward, calls = ["train_glue.py", "--x", "rho", "0.5", "--out"], train_glue.forward_backward, []
+    argv, backward = ["train_glue.py", "--x", "rho", "0.5", "--out"], train_glue.forward_backward
     run = ["--", *RUN, "--method", "bi-lora", "--seeds", "1", "--save-every", "1"]
     sweep.main([*argv, "out", *run])
+    calls = []
 
     def interrupted(*args):
         calls.append(args)
@@ -146,7 +174,8 @@ def test_a_saved_state_is_gone_on_from(folder, undrawn, monkeypatch):
 
 
 def test_other_settings_in_the_same_folder(folder, undrawn, capsys):
-    argv = ["train_glue.py", "--x", "rho", "0.5", "--out", "out", "--", *RUN, "--method", "bi-lora", "--seeds", "1"]
+    argv = ["train_glue.py", "--x", "rho", "0.5", "--out", "out", "--", *RUN, "--method", "bi-lora",
+            "--seeds", "1"]
     sweep.main(argv)
     before = files(folder)
     assert "rho-0.5/config.json: lr is 0.02, now 0.03" in refused([*argv, "--lr", "0.03"], capsys)
@@ -154,10 +183,13 @@ def test_other_settings_in_the_same_folder(folder, undrawn, capsys):
 
 
 @pytest.mark.parametrize("axes, message", [
-    *((["--x", name, "1"], f"{name} is the same for all cells") for name in ("limit", "bf16", "seeds", "method", "out")),
+    *((["--x", name, "1"], f"{name} is the same for all cells")
+      for name in ("limit", "bf16", "seeds", "method", "out")),
     (["--x", "rho", "1", "--y", "label-noise", "0.1"], "label-noise is the same for all cells"),
-    (["--x", "radius", "1"], "unrecognized arguments: --radius=1"), (["--x", "aux_rank", "1"], "arguments: --aux_rank=1"),
-    (["--x", "lim", "4", "8"], "lim: expected each option's name in full"), (["--x", "rank", "2", "129"], "rank is 129"),
+    (["--x", "radius", "1"], "unrecognized arguments: --radius=1"),
+    (["--x", "aux_rank", "1"], "arguments: --aux_rank=1"),
+    (["--x", "lim", "4", "8"], "lim: expected each option's name in full"),
+    (["--x", "rank", "2", "129"], "rank is 129"),
     (["--x", "aux-rank", "2", "0"], "--aux-rank: '0', expected int >= 1"),
     (["--x", "rho", "0.1", "-1"], "--rho: '-1', expected float >= 0"),
     (["--x", "rho", "1", "--y", "rank"], "rank: expected the name of an option and its values"),
@@ -170,11 +202,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, capsys, axes, message):
 
 @pytest.mark.parametrize("word", ["--out=a", "--ou=a", "--resume=a", "--rsme=a"])
 def test_wrong_input_after_the_dashes(folder, capsys, word):
-    assert word in refused(["train_glue.py", "--x", "rho", "1", "--", *RUN, "--method", "lora", word], capsys)
+    argv = ["train_glue.py", "--x", "rho", "1", "--", *RUN, "--method", "lora", word]
+    assert word in refused(argv, capsys)
     assert not list(folder.iterdir())
 
 
-def test_a_run_that_diverges_is_null_and_the_others_go_on(folder, monkeypatch, capsys):
+def test_a_run_that_diverges_is_null_and_the_others_go_on(folder, monkeypatch, capsys, ticks):
     train = train_glue.train
 
     def diverging(args, method, seed, *more):
@@ -192,7 +225,8 @@ def test_a_run_that_diverges_is_null_and_the_others_go_on(folder, monkeypatch, c
     assert (bad["mean"], bad["stderr"], bad["n"]) == (None, None, 1)
     assert good["n"] == 2 and good["mean"] == statistics.mean(good["scores"].values())
     text = capsys.readouterr().out
-    assert "| accuracy | diverged | " in text and "lr-0.5/bi-lora-seed2: bi-lora, step 1: the loss is nan" in text
+    assert "| accuracy | diverged | " in text
+    assert "lr-0.5/bi-lora-seed2: bi-lora, step 1: the loss is nan" in text
     assert (folder / "out/sweep-bi-lora.png").read_bytes().startswith(b"\x89PNG")
     nowhere = sweep.main(["train_glue.py", "--x", "lr", "0.7", *run])  # a map with no number
     assert [cell["mean"] for cell in nowhere["cells"]] == [None]
