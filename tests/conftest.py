@@ -11,15 +11,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and f
 
 import matplotlib  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 import train_glue  # noqa: E402
 import train_gsm8k  # noqa: E402
 from model import (read_json, read_safetensors, write_safetensors,  # noqa: E402
                    write_text)
 
-DEMOS = ((train_glue.TASKS["demo"].settings, {"train.tsv": 200, "dev.tsv": 60}),
+DEMOS = ((train_glue.TASKS["demo"].settings, {"train.tsv": 200, "dev.tsv": 30}),
          (train_gsm8k.TASKS["demo"], {"train.jsonl": 40, "test.jsonl": 10}))
 TICKS = ("xtick.bottom", "xtick.labelbottom", "ytick.left", "ytick.labelleft")
+
+
+@pytest.fixture
+def batch():
+    """(x, y) of eight rows, for the network of test_steps.py."""
+    torch.manual_seed(7)
+    return torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))
 
 
 @pytest.fixture(scope="session")

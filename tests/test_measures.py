@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bilora import lora_layers, primary_parameters
 from test_propositions import best_of_rank
-from test_steps import LAYERS, adapted, assert_same_bits, batch, close, plain_gradients, plain_loss, snapshot  # noqa: F401
+from test_steps import LAYERS, adapted, assert_same_bits, close, plain_gradients, plain_loss, snapshot
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import measures  # noqa: E402
@@ -28,7 +28,7 @@ def symmetric(eigenvalues):
     return Q @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ Q.T
 
 
-def losses_of(net, batch):  # noqa: F811
+def losses_of(net, batch):
     """The mean loss of a net in two shares."""
     x, y = batch
     return [lambda part=part: F.cross_entropy(net(x[part]), y[part], reduction="sum") / len(y) for part in (slice(0, 3), slice(3, 8))]
@@ -52,7 +52,7 @@ def test_inner_products_and_lengths():
     assert measures.cosine(a, zero) is None and measures.norm(measures.scaled(zero, 3.0)) == 0
 
 
-def test_weights_come_back_bit_for_bit_also_after_an_exception(batch):  # noqa: F811
+def test_weights_come_back_bit_for_bit_also_after_an_exception(batch):
     net = adapted().float()
     before, params = snapshot(net), primary_parameters(net)
     with pytest.raises(KeyError), measures.moved(params, [torch.randn_like(p) for p in params], 1e5):
@@ -62,7 +62,7 @@ def test_weights_come_back_bit_for_bit_also_after_an_exception(batch):  # noqa: 
 
 
 @pytest.mark.parametrize("space", ["LoRA", "full"])
-def test_gradient_in_both_spaces(batch, space):  # noqa: F811
+def test_gradient_in_both_spaces(batch, space):
     """In full space it is G, of the frozen weights, which stay frozen."""
     net = adapted()
     params = primary_parameters(net) if space == "LoRA" else [getattr(net, n).weight for n in LAYERS]
@@ -128,7 +128,7 @@ def test_worst_case_of_a_quadratic(eigenvalues):
 
 
 @pytest.mark.parametrize("space", ["LoRA", "full"])
-def test_hessian_against_the_dense_one(batch, space):  # noqa: F811
+def test_hessian_against_the_dense_one(batch, space):
     """H of a plain function of the matrices, by torch.autograd.functional.hessian: products with H and its largest eigenvalue."""
     net, (x, y) = adapted(rank=1), batch
     params = primary_parameters(net) if space == "LoRA" else [getattr(net, n).weight for n in LAYERS]
@@ -156,7 +156,7 @@ def test_the_largest_eigenvalue_is_not_the_largest_in_size():
     assert value == pytest.approx(2.0, rel=1e-6) and rest < 1e-3
 
 
-def test_lora_sam_terms(batch):  # noqa: F811
+def test_lora_sam_terms(batch):
     """Their sum is what W gains when B and A move by rho g / ||g||."""
     net, rho = adapted(), 0.3
     layers, params = lora_layers(net), primary_parameters(net)

@@ -68,7 +68,7 @@ def test_a_method_in_three_lines_works_everywhere(folder, monkeypatch):
              "--directions", "1", "--radii", "0.1", "--steps", "1", "--iterations", "1",
              "--alphas", "0", "--device", "cpu", "--out", "figures", "--parts"]
     for out, task, asked in (("glue", "demo", [*sharpness.MEASURES]),
-                             ("words", "gsm8k-demo", ["c", "d", "e", "g"])):
+                             ("words", "gsm8k-demo", ["d", "e"])):
         parts = sharpness.main([out, *small, *asked])[task]["measured"]
         assert parts.keys() == {*asked} - {"f"}
         assert all(list(found) == ["lora", "mine"] for found in parts.values())

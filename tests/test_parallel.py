@@ -25,15 +25,10 @@ def train(net, model, batch, method):
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
-def whole_batch():
-    torch.manual_seed(7)
-    return torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))
-
-
-def worker(rank, folder):
+def worker(rank, folder, batch):
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    half = tuple(t[4 * rank:4 * rank + 4] for t in whole_batch())
+    half = tuple(t[4 * rank:4 * rank + 4] for t in batch)
     for method in ("lora-sam", "bi-lora"):
         net = adapted(aux_rank=2 if method == "bi-lora" else 0)
         model = torch.nn.parallel.DistributedDataParallel(net)
@@ -43,14 +38,14 @@ def worker(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, batch):
     # a fork has torch imported already; but with a GPU autograd does not survive one
     start_method = "spawn" if torch.cuda.is_available() else "fork"
-    torch.multiprocessing.start_processes(worker, (tmp_path,), 2, start_method=start_method)
+    torch.multiprocessing.start_processes(worker, (tmp_path, batch), 2, start_method=start_method)
     for method in ("lora-sam", "bi-lora"):
         net = adapted(aux_rank=2 if method == "bi-lora" else 0)
         start = {name: p.detach().clone() for name, p in net.named_parameters()}
-        expected = train(net, net, whole_batch(), method)
+        expected = train(net, net, batch, method)
         assert any((expected[name] - start[name]).abs().max() > 0.01 for name in start)
         for rank in (0, 1):
             found = torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True)

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from bilora import LoRALinear, auxiliary_parameters, bilora_optimizers, lora_layers, perturbation_norm, primary_parameters
 from test_propositions import RHO, best_of_rank, product
-from test_steps import (LAYERS, adapted, assert_same_bits, batch, closure_of, close, global_norm,  # noqa: F401
+from test_steps import (LAYERS, adapted, assert_same_bits, closure_of, close, global_norm,
                         plain_gradients, snapshot)
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
@@ -58,7 +58,7 @@ def test_at_a_fixed_gradient_it_reaches_the_optimum_of_prop_3(aux_rank, momentum
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
-def test_every_step_keeps_the_rows_orthonormal_and_the_radius(batch, momentum):  # noqa: F811
+def test_every_step_keeps_the_rows_orthonormal_and_the_radius(batch, momentum):
     net = adapted(aux_rank=3)
     optimizer, _ = bilora_optimizers(net, 0.1)
     for _ in range(5):
@@ -72,7 +72,7 @@ def test_every_step_keeps_the_rows_orthonormal_and_the_radius(batch, momentum): 
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
-def test_one_step_written_out(batch, momentum):  # noqa: F811
+def test_one_step_written_out(batch, momentum):
     """B2' A2' = X A2 P scaled to rho: X and P, the projector on the new rows, from G by their definitions; and (8)."""
     net, lr, s, mu = adapted(aux_rank=2), 0.1, 3.0, momentum
     G = plain_gradients(net, *batch, auxiliary=True)
@@ -95,7 +95,7 @@ def test_one_step_written_out(batch, momentum):  # noqa: F811
         torch.testing.assert_close(layer.lora_A.detach(), A1 - lr * s * B1.T @ G[n], **close)
 
 
-def test_with_enough_rank_its_descent_gradient_is_full_sams(batch):  # noqa: F811
+def test_with_enough_rank_its_descent_gradient_is_full_sams(batch):
     """r2 = rank(G), G held fixed while the pair turns: the next gradient is that at W + rho G / ||G||."""
     few = batch[0][:2], batch[1][:2]  # two examples: rank(G) <= 2 in first and last, <= 4 in shared
     net, s, lr = adapted(aux_rank=4), 3.0, 0.1
@@ -118,7 +118,7 @@ def test_with_enough_rank_its_descent_gradient_is_full_sams(batch):  # noqa: F81
         torch.testing.assert_close(getattr(net, n).lora_A.detach(), A, rtol=1e-7, atol=1e-9)
 
 
-def test_the_optimizer_keeps_no_state_for_the_pairs_and_steps_the_rest(batch):  # noqa: F811
+def test_the_optimizer_keeps_no_state_for_the_pairs_and_steps_the_rest(batch):
     """Primary pairs and head end where torch's AdamW takes them at the same gradients."""
     net = adapted(aux_rank=2)
     net.head.requires_grad_(True)
@@ -153,7 +153,7 @@ def test_without_a_gradient_the_perturbation_keeps_its_direction():
     assert product(net.last).norm() == 0 and perturbation_norm(lora_layers(net)).item() == pytest.approx(RHO, rel=1e-12)
 
 
-def test_a_fresh_pair_and_no_radius(batch):  # noqa: F811
+def test_a_fresh_pair_and_no_radius(batch):
     net = adapted(aux_rank=2)
     nn.init.zeros_(net.first.aux_B), nn.init.zeros_(net.shared.aux_B), nn.init.zeros_(net.last.aux_B)
     for rho in (0.0, RHO):
@@ -165,7 +165,7 @@ def test_a_fresh_pair_and_no_radius(batch):  # noqa: F811
 @pytest.mark.parametrize("spoil, named", [
     (dict(rho=-1), "rho is -1"), (dict(momentum=1.0), "momentum is 1.0"), (dict(momentum=-0.1), "momentum is -0.1"),
     (dict(layers=[]), "auxiliary pair"), (dict(eval=True), "training mode"), (dict(scale=float("nan")), "not moved")])
-def test_what_it_refuses_and_then_nothing_has_moved(batch, spoil, named):  # noqa: F811
+def test_what_it_refuses_and_then_nothing_has_moved(batch, spoil, named):
     net = adapted(aux_rank=2)
     before, (optimizer, _) = snapshot(net), bilora_optimizers(net, 0.1)
     if spoil.get("eval"):
@@ -177,7 +177,7 @@ def test_what_it_refuses_and_then_nothing_has_moved(batch, spoil, named):  # noq
     assert not optimizer.state
 
 
-def test_a_descent_that_holds_the_pairs_is_refused(batch):  # noqa: F811
+def test_a_descent_that_holds_the_pairs_is_refused(batch):
     net = adapted(aux_rank=2)
     before = snapshot(net)
     with pytest.raises(ValueError, match="descent holds auxiliary parameters"):
@@ -185,7 +185,7 @@ def test_a_descent_that_holds_the_pairs_is_refused(batch):  # noqa: F811
     assert_same_bits(net, before)
 
 
-def test_a_surrounding_autocast_region_does_not_round_it(batch):  # noqa: F811
+def test_a_surrounding_autocast_region_does_not_round_it(batch):
     net = adapted(aux_rank=3).float()
     x, y = batch[0].float(), batch[1]
     with torch.autocast("cpu", torch.bfloat16):
@@ -196,7 +196,7 @@ def test_a_surrounding_autocast_region_does_not_round_it(batch):  # noqa: F811
     assert global_norm([product(getattr(net, n)) for n in LAYERS]) == pytest.approx(RHO, rel=1e-5)
 
 
-def test_it_does_not_depend_on_the_loss_scale_or_on_old_gradients(batch):  # noqa: F811
+def test_it_does_not_depend_on_the_loss_scale_or_on_old_gradients(batch):
     """The optimizer holds the primary pairs only, so that the step itself has to clear the auxiliary gradients."""
     ends = []
     for scale, old in ((1.0, None), (2.0**16, 1.0)):

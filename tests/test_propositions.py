@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from bilora import LoRALinear, bilora_step, clip_perturbation_, lora_layers
-from test_steps import LAYERS, adapted, batch, closure_of, global_norm, plain_gradients  # noqa: F401 (batch: a fixture)
+from test_steps import LAYERS, adapted, closure_of, global_norm, plain_gradients
 
 RHO = 0.3
 
@@ -56,7 +56,7 @@ def set_auxiliary(layer, eps):
         layer.aux_A.copy_(S[:r2].sqrt()[:, None] * Vh[:r2])
 
 
-def test_prop_2_one_ascent_step_gains_to_first_order(batch):  # noqa: F811
+def test_prop_2_one_ascent_step_gains_to_first_order(batch):
     """<G, eps' - eps> = eta2 s^2 (||G A2^T||^2 + ||B2^T G||^2) + eta2^2 (...): the rest falls by four as eta2 halves."""
     s, rests = 3.0, []
     for eta2 in (0.02, 0.01, 0.005):
@@ -122,7 +122,7 @@ def test_prop_3_over_several_layers_the_budget_follows_the_gradients():
     assert equal_shares < gain
 
 
-def test_with_enough_rank_the_descent_gradient_is_full_sams(batch):  # noqa: F811
+def test_with_enough_rank_the_descent_gradient_is_full_sams(batch):
     """s B2 A2 = rho G / ||G||, r2 >= rank(G): the primary pair then moves as LoRA under full-space SAM does."""
     few = batch[0][:2], batch[1][:2]  # two examples: rank(G) <= 4, also where a layer is used twice
     net, s, lr = adapted(aux_rank=4), 3.0, 0.1
@@ -142,7 +142,7 @@ def test_with_enough_rank_the_descent_gradient_is_full_sams(batch):  # noqa: F81
         torch.testing.assert_close(getattr(net, n).lora_A.detach(), A, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("eta2", [0.01, 0.1])
+@pytest.mark.parametrize("eta2", [0.05, 0.2])
 @pytest.mark.parametrize("aux_rank", [2, 4])
 def test_at_a_fixed_gradient_the_ascent_ends_at_the_top_singular_pair(eta2, aux_rank):
     """(9) and (10) iterated: rank 1 and gain rho sigma_1 whatever r2 is, not the optimum of Prop. 3."""

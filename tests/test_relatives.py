@@ -21,7 +21,7 @@ from bilora import (add_lora, auxiliary_parameters, bilora_optimizers, lora_sam_
                     perturbation_norm, primary_parameters)
 from test_text_to_text import golden
 from test_model import bert
-from test_steps import adapted, assert_same_bits, batch, closure_of, snapshot  # noqa: F401
+from test_steps import adapted, assert_same_bits, closure_of, snapshot
 from train_glue import METHODS, TASKS
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))

@@ -311,8 +311,8 @@ def test_runs_of_the_other_script(tmp_path, monkeypatch, capsys):
     methods.main(["train_gsm8k.py", "--limit", "6", "--eval-limit", "3", "--max-new-tokens", "4", "--epochs", "1", "--jobs", "1",
                   "--method", "bi-lora", "--seeds", "0", "--snapshots", "2", "--device", "cpu", "--out", "out"])
     small = [*SMALL[:-2], "--rows", "4"]
-    report = sharpness.main(["out", *small, "--parts", "b", "e", "--out", "figures"])
-    assert list(report) == ["gsm8k-demo"]
+    report = sharpness.main(["out", *small, "--parts", "b", "c", "e", "g", "--out", "figures"])
+    assert list(report) == ["gsm8k-demo"] and report["gsm8k-demo"]["measured"].keys() == {*"bceg"}
     assert report["gsm8k-demo"]["measured"]["b"]["bi-lora"][0]["full"]["no_marker"] == [1.0, 1.0]
 
 

@@ -63,12 +63,6 @@ def plain_gradients(net, x, y, auxiliary=False, eps=None):
     return dict(zip(LAYERS, grads))
 
 
-@pytest.fixture
-def batch():
-    torch.manual_seed(7)
-    return torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))
-
-
 def adapted(rank=2, alpha=6, aux_rank=0, spread=0.5, p=0.0):
     """A float64 Net with adapters away from their initial values, so that no gradient vanishes."""
     torch.manual_seed(0)
