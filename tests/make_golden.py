@@ -1,13 +1,16 @@
-"""Writes tests/golden/: a tiny random checkpoint of each family, and what transformers and PEFT compute from it.
+"""Writes tests/golden/: a tiny random checkpoint of each family, and what transformers and PEFT
+compute from it.
 
     pip install transformers==5.23.0 peft==0.21.2
     MINILM=FOLDER python tests/make_golden.py     # FOLDER: all-MiniLM-L6-v2, for minilm.pt
 
-transformers and PEFT are needed here alone, for the tests read the files.  Each folder holds config.json,
-model.safetensors, an adapter that PEFT saved, and expected.pt: rows of token ids, the logits of every token (of the row,
-for a classifier) without and with the adapter and, where there is a decoder, the tokens of greedy generation.  On the way
-the script loads into PEFT what bilora.py saves, from our models and from transformers' own, and into transformers the
-merged checkpoint; it stops where a logit differs.  training.pt holds logits in training mode, with the dropout masks of one seed.
+transformers and PEFT are needed here alone, for the tests read the files.  Each folder holds
+config.json, model.safetensors, an adapter that PEFT saved, and expected.pt: rows of token ids, the
+logits of every token (of the row, for a classifier) without and with the adapter and, where there
+is a decoder, the tokens of greedy generation.  On the way the script loads into PEFT what bilora.py
+saves, from our models and from transformers' own, and into transformers the merged checkpoint; it
+stops where a logit differs. training.pt holds logits in training mode, with the dropout masks of
+one seed.
 """
 
 import os
@@ -24,43 +27,59 @@ from bilora import add_lora, load_adapter, merge_lora_, save_adapter  # noqa: E4
 from model import Transformer, load_tokenizer, read_safetensors, save_pretrained  # noqa: E402
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
-ENCODER = dict(vocab_size=40, hidden_size=8, intermediate_size=12, num_attention_heads=2, num_hidden_layers=2,
+ENCODER = dict(vocab_size=40, hidden_size=8, intermediate_size=12, num_attention_heads=2,
+               num_hidden_layers=2,
                max_position_embeddings=16, type_vocab_size=2, num_labels=3, layer_norm_eps=1e-3)
-T5 = dict(vocab_size=40, d_model=8, d_kv=3, d_ff=12, num_layers=2, num_heads=2, decoder_start_token_id=0,
+T5 = dict(vocab_size=40, d_model=8, d_kv=3, d_ff=12, num_layers=2, num_heads=2,
+          decoder_start_token_id=0,
           pad_token_id=0, eos_token_id=1, layer_norm_epsilon=1e-3)
-DECODER = dict(vocab_size=40, hidden_size=8, intermediate_size=12, num_hidden_layers=2, max_position_embeddings=64,
+DECODER = dict(vocab_size=40, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+               max_position_embeddings=64,
                eos_token_id=[5, 6], pad_token_id=None, bos_token_id=None, rms_norm_eps=1e-3)
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 FAMILIES = {
     "bert": ("BertForSequenceClassification", "BertConfig", ENCODER),
-    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**ENCODER, "pad_token_id": 3, "type_vocab_size": 1}),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig",
+                {**ENCODER, "pad_token_id": 3, "type_vocab_size": 1}),
     "t5": ("T5ForConditionalGeneration", "T5Config", {**T5, "feed_forward_proj": "relu"}),
     "flan-t5": ("T5ForConditionalGeneration", "T5Config",
-                {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 1, "relative_attention_num_buckets": 8,
+                {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+                 "num_decoder_layers": 1, "relative_attention_num_buckets": 8,
                  "relative_attention_max_distance": 12}),
-    "llama2": ("LlamaForCausalLM", "LlamaConfig", {**DECODER, "num_attention_heads": 2, "tie_word_embeddings": False}),
-    "llama3": ("LlamaForCausalLM", "LlamaConfig", {**DECODER, "num_attention_heads": 4, "num_key_value_heads": 2,
-                                                  "head_dim": 6, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**DECODER, "num_attention_heads": 4, "num_key_value_heads": 1,
+    "llama2": ("LlamaForCausalLM", "LlamaConfig",
+               {**DECODER, "num_attention_heads": 2, "tie_word_embeddings": False}),
+    "llama3": ("LlamaForCausalLM", "LlamaConfig",
+               {**DECODER, "num_attention_heads": 4, "num_key_value_heads": 2,
+                                                  "head_dim": 6, "tie_word_embeddings": True,
+                                                  "rope_parameters": LLAMA3}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config",
+              {**DECODER, "num_attention_heads": 4, "num_key_value_heads": 1,
                                                   "tie_word_embeddings": True}),
 }
 NEW_TOKENS = 10
 ENCODERS_DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
 TRAINING = [  # (family, its rates of dropout): one rate a kind
-    ("bert", {**ENCODERS_DROPOUT, "classifier_dropout": 0.4}), ("roberta", {**ENCODERS_DROPOUT, "classifier_dropout": 0.4}),
-    ("bert", ENCODERS_DROPOUT), ("roberta", ENCODERS_DROPOUT), ("t5", {"dropout_rate": 0.3}), ("flan-t5", {"dropout_rate": 0.3}),
-    ("llama2", {"attention_dropout": 0.2}), ("llama3", {"attention_dropout": 0.2}), ("qwen2", {"attention_dropout": 0.2})]
+    ("bert", {**ENCODERS_DROPOUT, "classifier_dropout": 0.4}),
+    ("roberta", {**ENCODERS_DROPOUT, "classifier_dropout": 0.4}),
+    ("bert", ENCODERS_DROPOUT), ("roberta", ENCODERS_DROPOUT), ("t5", {"dropout_rate": 0.3}),
+    ("flan-t5", {"dropout_rate": 0.3}),
+    ("llama2", {"attention_dropout": 0.2}), ("llama3", {"attention_dropout": 0.2}),
+    ("qwen2", {"attention_dropout": 0.2})]
 
 
 # what PEFT adapts, and the same layers by our names
 TARGETS = {
-    "bert": (["query", "value"], r"attention\.(q|v)$"), "roberta": (["key", "dense"], r"attention\.(k|o)$|mlp\."),
-    "t5": (["q", "wo"], r"\.q$|mlp\.down$"), "flan-t5": (["o", "wi_0", "wi_1"], r"\.o$|mlp\.(gate|up)$"),
+    "bert": (["query", "value"], r"attention\.(q|v)$"),
+    "roberta": (["key", "dense"], r"attention\.(k|o)$|mlp\."),
+    "t5": (["q", "wo"], r"\.q$|mlp\.down$"),
+    "flan-t5": (["o", "wi_0", "wi_1"], r"\.o$|mlp\.(gate|up)$"),
     "llama2": (["q_proj", "down_proj"], r"\.q$|mlp\.down$"), "llama3": ("all-linear", None),
     "qwen2": (["k_proj", "v_proj"], r"\.(k|v)$"),
 }
-GENERATOR = torch.Generator().manual_seed(6)  # with which every family's three rows are continued differently
+# with which every family's three rows are continued differently
+GENERATOR = torch.Generator().manual_seed(6)
 ROWS = [torch.randint(7, 40, (n,), generator=GENERATOR) for n in (9, 5, 2)]
 DECODED = torch.tensor([[0, 8, 9], [0, 30, 31], [0, 12, 20]])
 
@@ -76,17 +95,21 @@ def padded(side, pad):
 
 @torch.no_grad()
 def logits_of(model, pad):
-    """(3, labels) of a classifier, (3, 3, vocab) of T5, (all tokens, vocab) of a decoder, from a padded batch."""
+    """(3, labels) of a classifier, (3, 3, vocab) of T5, (all tokens, vocab) of a decoder, from a
+    padded batch."""
     found = []
-    if model.config.model_type in ("bert", "roberta"):  # each row alone: their positions are counted from the padding on
+    # each row alone: their positions are counted from the padding on
+    if model.config.model_type in ("bert", "roberta"):
         return torch.cat([model(input_ids=row[None]).logits for row in ROWS])
     for side in ("right", "left"):
         ids, mask = padded(side, pad)
         if model.config.model_type == "t5":
-            found.append(model(input_ids=ids, attention_mask=mask, decoder_input_ids=DECODED).logits)
+            found.append(
+                model(input_ids=ids, attention_mask=mask, decoder_input_ids=DECODED).logits)
         else:
             place = (mask.cumsum(1) - 1).clamp(min=0)
-            found.append(model(input_ids=ids, attention_mask=mask, position_ids=place).logits[mask.bool()])
+            found.append(
+                model(input_ids=ids, attention_mask=mask, position_ids=place).logits[mask.bool()])
     same(*found)
     return found[0]
 
@@ -99,8 +122,11 @@ def randomize(parameters):
 
 def write(name, model_class, config_class, settings):
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings)).eval()
-    if name == "flan-t5":  # transformers 5 calls every T5 tied and ties what it makes, but reads and writes one that is not
+    model = getattr(transformers,
+                    model_class)(getattr(transformers, config_class)(**settings)).eval()
+    # transformers 5 calls every T5 tied and ties what it makes, but reads and writes one that
+    # is not
+    if name == "flan-t5":
         model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(40, 8))
     randomize(model.parameters())
     folder, pad = os.path.join(HERE, name), settings.get("pad_token_id") or 0
@@ -110,17 +136,21 @@ def write(name, model_class, config_class, settings):
     if "Classification" not in model_class:
         expected["greedy"] = []
         for row in ROWS:
-            out = model.generate(input_ids=row[None], attention_mask=torch.ones_like(row)[None], do_sample=False,
+            out = model.generate(input_ids=row[None], attention_mask=torch.ones_like(row)[None],
+                                 do_sample=False,
                                  max_new_tokens=NEW_TOKENS, pad_token_id=0)[0]
             expected["greedy"].append(out[1:] if "T5" in model_class else out[len(row):])
-    expected["adapted_logits"] = write_adapter(name, folder, getattr(transformers, model_class), pad)
+    expected["adapted_logits"] = write_adapter(name, folder, getattr(transformers, model_class),
+                                               pad)
     torch.save(expected, os.path.join(folder, "expected.pt"))
 
 
 def write_adapter(name, folder, model_class, pad):
-    """PEFT's adapter in folder/peft; its logits, which are compared with those of every other way there."""
+    """PEFT's adapter in folder/peft; its logits, which are compared with those of every other way
+    there."""
     classifier, (targets, ours) = "bert" in name, TARGETS[name]
-    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, modules_to_save=["classifier"] if classifier else None)
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets,
+                             modules_to_save=["classifier"] if classifier else None)
     if name == "roberta":  # "dense" is in the head too, which is trained in full
         config.target_modules = r".*(key|attention.output.dense|intermediate.dense|output.dense)"
     theirs = peft.get_peft_model(model_class.from_pretrained(folder), config).eval()
@@ -130,20 +160,27 @@ def write_adapter(name, folder, model_class, pad):
     logits = logits_of(theirs, pad)
 
     with tempfile.TemporaryDirectory() as saved:
-        model = Transformer.from_pretrained(folder, num_labels=3 if classifier else None)  # PEFT's file, into ours
+        # PEFT's file, into ours
+        model = Transformer.from_pretrained(folder, num_labels=3 if classifier else None)
         add_lora(model, 2, 6, aux_rank=2, targets=ours)
         if classifier:
             model.classifier.requires_grad_(True)
         load_adapter(model, os.path.join(folder, "peft"), model.module_names, read_safetensors)
         save_adapter(model, saved, model.module_names)  # ours, into PEFT
-        same(logits, logits_of(peft.PeftModel.from_pretrained(model_class.from_pretrained(folder), saved).eval(), pad))
-        save_pretrained(merge_lora_(model), os.path.join(saved, "merged"), folder)  # ours, into transformers
-        same(logits, logits_of(model_class.from_pretrained(os.path.join(saved, "merged")).eval(), pad))
+        same(logits, logits_of(
+            peft.PeftModel.from_pretrained(model_class.from_pretrained(folder), saved).eval(), pad))
+        # ours, into transformers
+        save_pretrained(merge_lora_(model), os.path.join(saved, "merged"), folder)
+        same(logits,
+             logits_of(model_class.from_pretrained(os.path.join(saved, "merged")).eval(), pad))
     with tempfile.TemporaryDirectory() as saved:
-        model = model_class.from_pretrained(folder).eval()  # transformers' own module tree: nothing is renamed
-        randomize(p for layer in add_lora(model, 2, 6, aux_rank=2) for p in layer.parameters() if p.requires_grad)
+        # transformers' own module tree: nothing is renamed
+        model = model_class.from_pretrained(folder).eval()
+        randomize(p for layer in add_lora(model, 2, 6, aux_rank=2)
+                  for p in layer.parameters() if p.requires_grad)
         save_adapter(model, saved)
-        same(logits_of(model, pad), logits_of(peft.PeftModel.from_pretrained(model_class.from_pretrained(folder), saved).eval(), pad))
+        same(logits_of(model, pad), logits_of(
+            peft.PeftModel.from_pretrained(model_class.from_pretrained(folder), saved).eval(), pad))
     return logits
 
 
@@ -159,11 +196,13 @@ def remove_all_but(folder, *names):
 
 @torch.no_grad()
 def write_training():
-    """What a model in training mode gives for ROWS in one batch, right after torch.manual_seed(0)."""
+    """What a model in training mode gives for ROWS in one batch, right after
+    torch.manual_seed(0)."""
     recorded = []
     for name, rates in TRAINING:
         model_class, _, settings = FAMILIES[name]
-        model = getattr(transformers, model_class).from_pretrained(os.path.join(HERE, name), attn_implementation="eager", **rates)
+        model = getattr(transformers, model_class).from_pretrained(
+            os.path.join(HERE, name), attn_implementation="eager", **rates)
         ids, mask = padded("right", settings.get("pad_token_id") or 0)
         decoded = {"decoder_input_ids": DECODED} if "t5" in name else {}
         torch.manual_seed(0)
@@ -177,7 +216,8 @@ def write_minilm(folder):
     """Real weights: the pooled output of two sentences in one batch, padded on the right."""
     sentences = ["A man is playing a guitar.", "The bank raised its rates, to nobody's surprise."]
     rows = load_tokenizer(folder).encode_batch(sentences)
-    ids, mask = (torch.tensor([getattr(row, field) for row in rows]) for field in ("ids", "attention_mask"))
+    ids, mask = (torch.tensor([getattr(row, field) for row in rows])
+                 for field in ("ids", "attention_mask"))
     model = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
     pooled = model(input_ids=ids, attention_mask=mask).pooler_output
     torch.save({"sentences": sentences, "pooled": pooled}, os.path.join(HERE, "minilm.pt"))

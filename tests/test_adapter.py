@@ -1,4 +1,5 @@
-"""Merging, and adapter files: what is kept is kept exactly, and what does not fit is refused by name.
+"""Merging, and adapter files: what is kept is kept exactly, and what does not fit is refused by
+name.
 
 Oracles: W0 + s B A worked out in float64; equality of logits and of bits before and after.
 """
@@ -12,7 +13,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from bilora import add_lora, auxiliary_parameters, load_adapter, lora_layers, merge_lora_, primary_parameters, save_adapter
+from bilora import (add_lora, auxiliary_parameters, load_adapter, lora_layers, merge_lora_,
+                    primary_parameters, save_adapter)
 from model import read_safetensors, write_safetensors
 from test_steps import Net, adapted, assert_same_bits, snapshot
 
@@ -51,7 +53,8 @@ def test_merge_in_float64():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merge_rounds_once(dtype):
-    """Half an ulp of W at most, and the float32 sum before it: several roundings would leave the bound."""
+    """Half an ulp of W at most, and the float32 sum before it: several roundings would leave the
+    bound."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 48)).to(dtype)
     (layer,) = add_lora(net, 8, 16)
@@ -81,7 +84,8 @@ def test_merge_leaves_a_shared_base_weight_alone():
     with torch.no_grad():
         net["a"].lora_B.normal_()
     merge_lora_(net)
-    assert net["a"] is net["b"] and torch.equal(net["other"].weight, W) and not torch.equal(net["a"].weight, W)
+    assert net["a"] is net["b"] and torch.equal(net["other"].weight, W)
+    assert not torch.equal(net["a"].weight, W)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -101,10 +105,12 @@ def test_round_trip(tmp_path):
 def test_file_layout(tmp_path):
     net = prepared()
     save_adapter(net, tmp_path, rename={"first": "model.query", "head": "model.score"})
-    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.bin", "base_fingerprint.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.bin",
+                                            "base_fingerprint.txt"]
     tensors = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
     names = {"model.query": net.first, "shared": net.shared, "last": net.last}
-    assert tensors.keys() == {f"base_model.model.{name}.lora_{f}.weight" for name in names for f in "AB"} | {
+    assert tensors.keys() == {
+        f"base_model.model.{name}.lora_{f}.weight" for name in names for f in "AB"} | {
         f"base_model.model.model.score.{p}" for p in ("weight", "bias")}
     for name, layer in names.items():
         assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], layer.lora_A)
@@ -114,19 +120,22 @@ def test_file_layout(tmp_path):
     assert config["target_modules"] == ["last", "model.query", "shared"]
     assert config["modules_to_save"] == ["model.score"]
     other = prepared(seed=5)
-    load_adapter(other, tmp_path, rename=lambda n: {"first": "model.query", "head": "model.score"}.get(n, n))
+    load_adapter(other, tmp_path,
+                 rename=lambda n: {"first": "model.query", "head": "model.score"}.get(n, n))
     assert_same_bits(other.head, snapshot(net.head))
 
 
 def test_auxiliary_pairs_are_not_kept(tmp_path):
-    """An adapter trained with an auxiliary pair loads into a model without one, and changes none it finds."""
+    """An adapter trained with an auxiliary pair loads into a model without one, and changes none it
+    finds."""
     net = prepared(aux_rank=2)
     save_adapter(net, tmp_path)
     plain, other = prepared(seed=5, aux_rank=0), prepared(seed=5)
     auxiliary = [p.detach().clone() for p in auxiliary_parameters(other)]
     for model in (plain, other):
         load_adapter(model, tmp_path)
-        assert all(torch.equal(p, q) for p, q in zip(primary_parameters(model), primary_parameters(net)))
+        assert all(torch.equal(p, q)
+                   for p, q in zip(primary_parameters(model), primary_parameters(net)))
     assert all(torch.equal(p, q) for p, q in zip(auxiliary_parameters(other), auxiliary))
 
 
@@ -137,7 +146,8 @@ def test_base_in_another_dtype_is_the_same_base(tmp_path):
     save_adapter(net, tmp_path)
     other = prepared(seed=5, head=False)
     load_adapter(other, tmp_path)
-    assert all(torch.equal(p, q) for p, q in zip(primary_parameters(other), primary_parameters(net)))
+    assert all(torch.equal(p, q)
+               for p, q in zip(primary_parameters(other), primary_parameters(net)))
 
 
 def other_base(name, tensor):
@@ -173,13 +183,17 @@ def put(name, value):
     (exchanged_layers, None, "first.lora_A.weight is (2, 6), the model's is (2, 5)"),
     (lambda: prepared(rank=3), None, "r is 2, the model's is 3"),
     (lambda: prepared(alpha=7), None, "lora_alpha is 6, the model's is 7"),
-    (lambda: prepared(targets="first|last"), None, "shared.lora_A.weight is (2, 5), the model's is missing"),
+    (lambda: prepared(targets="first|last"), None,
+     "shared.lora_A.weight is (2, 5), the model's is missing"),
     (prepared, drop("last.lora_B.weight"), "last.lora_B.weight is missing, the model's is (4, 2)"),
     (prepared, drop("head.bias"), "head.bias is missing"),
     (lambda: prepared(head=False), None, "head.weight is (3, 4), the model's is missing"),
-    (prepared, put("first.weight", torch.zeros(5, 6)), "first.weight is (5, 6), the model's is missing"),
-    (prepared, put("last.aux_A.weight", torch.zeros(2, 5)), "last.aux_A.weight is (2, 5), the model's is missing"),
-    (prepared, put("last.lora_B.weight", torch.zeros(4, 3)), "last.lora_B.weight is (4, 3), the model's is (4, 2)"),
+    (prepared, put("first.weight", torch.zeros(5, 6)),
+     "first.weight is (5, 6), the model's is missing"),
+    (prepared, put("last.aux_A.weight", torch.zeros(2, 5)),
+     "last.aux_A.weight is (2, 5), the model's is missing"),
+    (prepared, put("last.lora_B.weight", torch.zeros(4, 3)),
+     "last.lora_B.weight is (4, 3), the model's is (4, 2)"),
     (prepared, put("last.lora_B.weight", 3.0), "last.lora_B.weight is 3.0, the model's is (4, 2)"),
 ])
 def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path, make, edit, message):
@@ -207,17 +221,22 @@ def test_every_setting_has_to_be_there(tmp_path, key):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("peft_type", "LOHA"), ("bias", "all"), ("r", 3), ("lora_alpha", 7), ("use_rslora", True), ("use_dora", True), ("rank_pattern", {"first": 3}),
-    ("alpha_pattern", {"first": 3}), ("lora_bias", True), ("fan_in_fan_out", True), ("init_lora_weights", "pissa"),
+    ("peft_type", "LOHA"), ("bias", "all"), ("r", 3), ("lora_alpha", 7), ("use_rslora", True),
+    ("use_dora", True), ("rank_pattern", {"first": 3}),
+    ("alpha_pattern", {"first": 3}), ("lora_bias", True), ("fan_in_fan_out", True),
+    ("init_lora_weights", "pissa"),
     ("layer_replication", [[0, 1]]), ("something_new", 1),
 ])
 def test_settings_of_peft_that_make_another_layer_are_refused(tmp_path, key, value):
-    """Without the fingerprint the folder is one that PEFT wrote; its harmless settings change nothing."""
+    """Without the fingerprint the folder is one that PEFT wrote; its harmless settings change
+    nothing."""
     save_adapter(prepared(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     os.remove(tmp_path / "base_fingerprint.txt")
-    config |= {"target_modules": ["first", "last", "shared"], "peft_version": "0.21.2", "layers_to_transform": None,
-               "revision": "main", "lora_dropout": 0.1, "rank_pattern": {}, "use_dora": False, "init_lora_weights": True}
+    config |= {"target_modules": ["first", "last", "shared"], "peft_version": "0.21.2",
+               "layers_to_transform": None,
+               "revision": "main", "lora_dropout": 0.1, "rank_pattern": {}, "use_dora": False,
+               "init_lora_weights": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     load_adapter(prepared(seed=5), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
@@ -229,28 +248,34 @@ def test_settings_of_peft_that_make_another_layer_are_refused(tmp_path, key, val
 
 
 def test_safetensors_by_a_writer_and_a_reader(tmp_path):
-    """Both get paths of adapter_model.safetensors; the writer's is another until all files are written."""
+    """Both get paths of adapter_model.safetensors; the writer's is another until all files are
+    written."""
     net, other, paths = prepared(), prepared(seed=5), []
 
     def read(path):
         paths.append(path)
         return read_safetensors(path)
 
-    save_adapter(net, tmp_path, write=lambda path, tensors: (paths.append(path), write_safetensors(path, tensors)))
-    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors", "base_fingerprint.txt"]
+    save_adapter(net, tmp_path, write=lambda path, tensors: (
+        paths.append(path), write_safetensors(path, tensors)))
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors",
+                                            "base_fingerprint.txt"]
     load_adapter(other, tmp_path, read=read)
     assert [path.name for path in paths] == ["adapter_model.safetensors"] * 2
     assert paths[0] != paths[1] == tmp_path / "adapter_model.safetensors"
-    assert all(torch.equal(p, q) for p, q in zip(primary_parameters(other), primary_parameters(net)))
+    assert all(torch.equal(p, q)
+               for p, q in zip(primary_parameters(other), primary_parameters(net)))
     assert_same_bits(other.head, snapshot(net.head))
     with pytest.raises(ValueError, match="adapter_model.safetensors: expected `read`"):
         load_adapter(other, tmp_path)
     with pytest.raises(ValueError, match="head.bias is missing"):
-        load_adapter(other, tmp_path, read=lambda path: {key: t for key, t in read(path).items() if "head.bias" not in key})
+        load_adapter(other, tmp_path, read=lambda path: {key: t for key, t in read(path).items()
+                                                         if "head.bias" not in key})
 
 
 def test_two_adapter_files_are_refused(tmp_path):
-    """Saving one kind beside the other, and loading where both are; nothing is written or copied."""
+    """Saving one kind beside the other, and loading where both are; nothing is written or
+    copied."""
     names = ["adapter_model.bin", "adapter_model.safetensors"]
     for name, other, write in ((*names, write_safetensors), (*names[::-1], None)):
         folder, net = tmp_path / name, prepared()
@@ -260,15 +285,18 @@ def test_two_adapter_files_are_refused(tmp_path):
             save_adapter(prepared(seed=5), folder, write=write)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
         (folder / other).write_bytes(b"")
-        with pytest.raises(ValueError, match="adapter_model.safetensors cannot stand beside adapter_model.bin"):
+        with pytest.raises(ValueError,
+                           match="adapter_model.safetensors cannot stand beside adapter_model.bin"):
             load_adapter(net, folder, read=read_safetensors)
 
 
 def test_settings_are_those_that_peft_knows(tmp_path):
     """The keys of the files that PEFT wrote into tests/golden."""
     save_adapter(prepared(), tmp_path)
-    theirs = os.path.join(os.path.dirname(__file__), "golden", "bert", "peft", "adapter_config.json")
-    ours, written = (json.loads(open(path).read()) for path in (tmp_path / "adapter_config.json", theirs))
+    theirs = os.path.join(os.path.dirname(__file__), "golden", "bert", "peft",
+                          "adapter_config.json")
+    ours, written = (json.loads(open(path).read())
+                     for path in (tmp_path / "adapter_config.json", theirs))
     assert ours.keys() <= written.keys()
 
 
@@ -292,7 +320,8 @@ def test_names_that_collide_or_lie_at_the_root(tmp_path):
     net = prepared()
     net.offset = nn.Parameter(torch.ones(3))
     save_adapter(net, tmp_path)
-    assert "base_model.model.offset" in torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+    assert "base_model.model.offset" in torch.load(tmp_path / "adapter_model.bin",
+                                                   weights_only=True)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
 
 
@@ -319,11 +348,13 @@ def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch, moment):
 
     monkeypatch.setattr(type(tmp_path), "write_text", full_disk)
     with pytest.raises(OSError):
-        save_adapter(prepared(seed=5), tmp_path, write=full_disk if moment == "tensors" else write_safetensors)
+        save_adapter(prepared(seed=5), tmp_path,
+                     write=full_disk if moment == "tensors" else write_safetensors)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     other = prepared(seed=5)
     load_adapter(other, tmp_path, read=read_safetensors)
-    assert all(torch.equal(p, q) for p, q in zip(primary_parameters(other), primary_parameters(net)))
+    assert all(torch.equal(p, q)
+               for p, q in zip(primary_parameters(other), primary_parameters(net)))
 
 
 def test_models_without_adapters():

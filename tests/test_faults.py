@@ -474,7 +474,8 @@ def test_starts_of_peft_that_leave_the_base_alone_are_loaded(tmp_path, initial):
     assert torch.equal(other[0].lora_B, model[0].lora_B)
 
 
-@pytest.mark.parametrize("initial", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("initial",
+                         ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_starts_of_peft_that_move_the_base_are_refused(tmp_path, initial):
     model = trained(net())
     save_adapter(model, str(tmp_path))

@@ -1,8 +1,9 @@
 """Propositions 2 and 3: what holds, what does not, and what the algorithm itself does.
 
-Oracles: the singular value decomposition of G, gradients of plain matrices (test_steps.py), and the second-order term
-of a product worked out by hand.  Float64.  Proposition 1 is in test_steps.py, beside equations (5) and (6).  Two tests check
-the right statement of Proposition 3 alone, not code: the optimum, and how several layers share the radius.
+Oracles: the singular value decomposition of G, gradients of plain matrices (test_steps.py), and the
+second-order term of a product worked out by hand.  Float64.  Proposition 1 is in test_steps.py,
+beside equations (5) and (6).  Two tests check the right statement of Proposition 3 alone, not code:
+the optimum, and how several layers share the radius.
 """
 
 import pytest
@@ -17,8 +18,10 @@ RHO = 0.3
 
 def sgd(layers, primary_lr, auxiliary_lr):
     """(descent, ascent)."""
-    return (torch.optim.SGD([p for layer in layers for p in (layer.lora_B, layer.lora_A)], lr=primary_lr),
-            torch.optim.SGD([p for layer in layers for p in (layer.aux_B, layer.aux_A)], lr=auxiliary_lr, maximize=True))
+    return (torch.optim.SGD([p for layer in layers for p in (layer.lora_B, layer.lora_A)],
+                            lr=primary_lr),
+            torch.optim.SGD([p for layer in layers for p in (layer.aux_B, layer.aux_A)],
+                            lr=auxiliary_lr, maximize=True))
 
 
 def product(layer):
@@ -57,23 +60,28 @@ def set_auxiliary(layer, eps):
 
 
 def test_prop_2_one_ascent_step_gains_to_first_order(batch):
-    """<G, eps' - eps> = eta2 s^2 (||G A2^T||^2 + ||B2^T G||^2) + eta2^2 (...): the rest falls by four as eta2 halves."""
+    """<G, eps' - eps> = eta2 s^2 (||G A2^T||^2 + ||B2^T G||^2) + eta2^2 (...): the rest falls by
+    four as eta2 halves."""
     s, rests = 3.0, []
     for eta2 in (0.02, 0.01, 0.005):
         net = adapted(aux_rank=3)
         G = plain_gradients(net, *batch, auxiliary=True)
         before = {n: getattr(net, n).aux_delta() for n in LAYERS}
         first = sum(eta2 * s**2 * ((G[n] @ getattr(net, n).aux_A.T).square().sum()
-                                   + (getattr(net, n).aux_B.T @ G[n]).square().sum()) for n in LAYERS).item()
-        bilora_step(*sgd(lora_layers(net), 0.0, eta2), closure_of(net, batch), lora_layers(net), float("inf"))
+                                   + (getattr(net, n).aux_B.T @ G[n]).square().sum())
+                                   for n in LAYERS).item()
+        bilora_step(*sgd(lora_layers(net), 0.0, eta2), closure_of(net, batch), lora_layers(net),
+                    float("inf"))
         gain = sum((G[n] * (getattr(net, n).aux_delta() - before[n])).sum() for n in LAYERS).item()
         assert gain > 0 and gain == pytest.approx(first, rel=20 * eta2)
         rests.append(gain - first)
-    assert rests[0] / rests[1] == pytest.approx(4, rel=1e-6) and rests[1] / rests[2] == pytest.approx(4, rel=1e-6)
+    assert rests[0] / rests[1] == pytest.approx(4, rel=1e-6)
+    assert rests[1] / rests[2] == pytest.approx(4, rel=1e-6)
 
 
 def test_prop_3_no_feasible_perturbation_gains_more(r=4):
-    """Over rank <= r and ||eps|| <= rho: <G, eps> <= rho sqrt(sigma_1^2 + ... + sigma_r^2), random or climbed."""
+    """Over rank <= r and ||eps|| <= rho: <G, eps> <= rho sqrt(sigma_1^2 + ... + sigma_r^2), random
+    or climbed."""
     G, layer, _ = fixed_gradient(aux_rank=r)
     S = torch.linalg.svdvals(G)
     bound = RHO * S[:r].square().sum().sqrt().item()
@@ -99,19 +107,25 @@ def test_prop_3_the_optimum_and_the_one_that_the_paper_names(r=4):
     G, _, _ = fixed_gradient()
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     right = RHO * best_of_rank(G, r) / best_of_rank(G, r).norm()
-    assert right.norm().item() == pytest.approx(RHO, rel=1e-12) and torch.linalg.matrix_rank(right) == r
-    assert (G * right).sum().item() == pytest.approx(RHO * S[:r].square().sum().sqrt().item(), rel=1e-12)
+    assert right.norm().item() == pytest.approx(RHO, rel=1e-12)
+    assert torch.linalg.matrix_rank(right) == r
+    assert (G * right).sum().item() == pytest.approx(RHO * S[:r].square().sum().sqrt().item(),
+                                                     rel=1e-12)
     papers = RHO * U[:, :r] @ Vh[:r]
-    assert papers.norm().item() == pytest.approx(RHO * r**0.5, rel=1e-12)                 # outside the ball
-    assert (G * papers).sum().item() == pytest.approx(RHO * S[:r].sum().item(), rel=1e-12)  # the Ky Fan r-norm
+    # outside the ball
+    assert papers.norm().item() == pytest.approx(RHO * r**0.5, rel=1e-12)
+    # the Ky Fan r-norm
+    assert (G * papers).sum().item() == pytest.approx(RHO * S[:r].sum().item(), rel=1e-12)
     inside = papers / r**0.5
     assert (G * inside).sum().item() < (G * right).sum().item()
     full = RHO * best_of_rank(G, len(S)) / G.norm()
-    assert (G * full).sum().item() == pytest.approx(RHO * G.norm().item(), rel=1e-12)     # r = rank(G): SAM's
+    # r = rank(G): SAM's
+    assert (G * full).sum().item() == pytest.approx(RHO * G.norm().item(), rel=1e-12)
 
 
 def test_prop_3_over_several_layers_the_budget_follows_the_gradients():
-    """One ball for all layers: eps_i in proportion to G_{i,r}; giving each layer the same share gains less."""
+    """One ball for all layers: eps_i in proportion to G_{i,r}; giving each layer the same share
+    gains less."""
     torch.manual_seed(1)
     Gs = [torch.randn(6, 5, dtype=torch.float64), 4 * torch.randn(7, 3, dtype=torch.float64)]
     best = [best_of_rank(G, 2) for G in Gs]
@@ -123,7 +137,8 @@ def test_prop_3_over_several_layers_the_budget_follows_the_gradients():
 
 
 def test_with_enough_rank_the_descent_gradient_is_full_sams(batch):
-    """s B2 A2 = rho G / ||G||, r2 >= rank(G): the primary pair then moves as LoRA under full-space SAM does."""
+    """s B2 A2 = rho G / ||G||, r2 >= rank(G): the primary pair then moves as LoRA under full-space
+    SAM does."""
     few = batch[0][:2], batch[1][:2]  # two examples: rank(G) <= 4, also where a layer is used twice
     net, s, lr = adapted(aux_rank=4), 3.0, 0.1
     G = plain_gradients(net, *few)
@@ -145,7 +160,8 @@ def test_with_enough_rank_the_descent_gradient_is_full_sams(batch):
 @pytest.mark.parametrize("eta2", [0.05, 0.2])
 @pytest.mark.parametrize("aux_rank", [2, 4])
 def test_at_a_fixed_gradient_the_ascent_ends_at_the_top_singular_pair(eta2, aux_rank):
-    """(9) and (10) iterated: rank 1 and gain rho sigma_1 whatever r2 is, not the optimum of Prop. 3."""
+    """(9) and (10) iterated: rank 1 and gain rho sigma_1 whatever r2 is, not the optimum of Prop.
+    3."""
     G, layer, closure = fixed_gradient(aux_rank=aux_rank)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     optimizers = sgd([layer], 0.0, eta2)

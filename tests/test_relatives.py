@@ -464,7 +464,8 @@ def test_each_micro_batch_has_its_own_perturbation_of_the_head(kind):
 def test_the_relative_radius_is_a_share_of_the_heads_norm():
     run, closure, head = script_run("classifier")
     size = head.weight.norm().item()
-    assert float(take("head-sam-relative", run, closure)["perturbation"]) == pytest.approx(0.3 * size)
+    assert float(take("head-sam-relative", run, closure)["perturbation"]) == pytest.approx(
+        0.3 * size)
     found = trained_gradients(run)
     run, closure, _ = script_run("classifier", rho=0.3 * size)
     take("head-sam", run, closure)

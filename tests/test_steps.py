@@ -1,8 +1,8 @@
 """The adapted layer and the three steps, against equations written out in float64.
 
-The oracle is a network of plain weight matrices (`plain_loss`): torch's autograd gives G = dL/dW of each matrix, and the
-test writes from it what a step has to do.  No oracle calls bilora.py.  Float64 throughout, so the tolerance is 1e-10
-relative unless a test says why it is another.
+The oracle is a network of plain weight matrices (`plain_loss`): torch's autograd gives G = dL/dW of
+each matrix, and the test writes from it what a step has to do.  No oracle calls bilora.py.  Float64
+throughout, so the tolerance is 1e-10 relative unless a test says why it is another.
 """
 
 import copy
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilora
-from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_step, clip_perturbation_,
+from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
+                    clip_perturbation_,
                     lora_layers, lora_sam_step, lora_step, perturbation_norm, primary_parameters)
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
@@ -86,7 +87,8 @@ def closure_of(net, batch, scale=1.0, seen=None):
 
 
 def sgd_pair(net, eta1=0.1, eta2=0.1):
-    """(descent, ascent): plain gradient steps for the primary and for the auxiliary pairs, as (9) is printed."""
+    """(descent, ascent): plain gradient steps for the primary and for the auxiliary pairs, as (9)
+    is printed."""
     return (torch.optim.SGD(primary_parameters(net), lr=eta1),
             torch.optim.SGD(auxiliary_parameters(net), lr=eta2, maximize=True))
 
@@ -104,7 +106,7 @@ def assert_same_bits(model, before):
         assert torch.equal(t, before[name]), name
 
 
-# ------------------------------------------------------------------------------------------ the layer
+# ---------------------------------------------------------------------------------------- the layer
 
 
 def test_scale_and_forward_by_hand():
@@ -156,11 +158,13 @@ def test_fresh_adapter_changes_no_output_bit(dtype, aux_rank, training):
     layers = add_lora(net, 2, 4, aux_rank)
     assert torch.equal(net(x), before)
     assert all(layer.training is training for layer in layers)
-    assert all(p.dtype == torch.float32 for p in [*primary_parameters(net), *auxiliary_parameters(net)])
+    assert all(p.dtype == torch.float32
+               for p in [*primary_parameters(net), *auxiliary_parameters(net)])
 
 
 def test_initial_A_is_kaiming_uniform():
-    """Uniform on +-1 / sqrt(n), so of standard deviation 1 / sqrt(3 n), whatever the global default dtype."""
+    """Uniform on +-1 / sqrt(n), so of standard deviation 1 / sqrt(3 n), whatever the global default
+    dtype."""
     layer = LoRALinear(nn.Linear(300, 200), 50, 4, 60)
     for A in (layer.lora_A, layer.aux_A):
         assert A.abs().max() <= 300**-0.5 and A.std().item() == pytest.approx(900**-0.5, rel=0.02)
@@ -169,10 +173,12 @@ def test_initial_A_is_kaiming_uniform():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision_forward(training, autocast):
-    """A bfloat16 base, or a float32 one under autocast: the dense product of the same numbers, to bfloat16's rounding."""
+    """A bfloat16 base, or a float32 one under autocast: the dense product of the same numbers, to
+    bfloat16's rounding."""
     torch.manual_seed(0)
     linear = nn.Linear(64, 48).to(torch.float32 if autocast else torch.bfloat16)
-    layer = LoRALinear(linear, rank=4, alpha=6, aux_rank=2).train(training)  # a scale that is no whole number
+    # a scale that is no whole number
+    layer = LoRALinear(linear, rank=4, alpha=6, aux_rank=2).train(training)
     with torch.no_grad():
         layer.lora_B.normal_()
         layer.aux_B.normal_()
@@ -185,7 +191,8 @@ def test_low_precision_forward(training, autocast):
         W = W + 1.5 * layer.aux_B.double() @ layer.aux_A.double()
     expected = x.double() @ W.T + linear.bias.double()
     assert y.dtype == torch.bfloat16 and (y.double() - expected).norm() < 0.01 * expected.norm()
-    torch.testing.assert_close(delta, 1.5 * layer.lora_B @ layer.lora_A)  # in float32, also under autocast
+    # in float32, also under autocast
+    torch.testing.assert_close(delta, 1.5 * layer.lora_B @ layer.lora_A)
 
 
 def test_auxiliary_rank_does_not_change_the_primary_initialisation():
@@ -216,7 +223,7 @@ def test_deepcopy_and_pickle_keep_the_function(batch):
         assert not torch.equal(other(batch[0]), net(batch[0]))
 
 
-# ------------------------------------------------------------------------------------------ add_lora
+# ----------------------------------------------------------------------------------------- add_lora
 
 
 def test_add_lora_freezes_all_but_adapters_and_skips_heads():
@@ -225,7 +232,8 @@ def test_add_lora_freezes_all_but_adapters_and_skips_heads():
     assert layers == lora_layers(net) == [net.first, net.shared, net.last]
     assert type(net.head) is nn.Linear
     trainable = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert trainable == {f"{layer}.{p}" for layer in LAYERS for p in ("lora_A", "lora_B", "aux_A", "aux_B")}
+    assert trainable == {f"{layer}.{p}" for layer in LAYERS
+                         for p in ("lora_A", "lora_B", "aux_A", "aux_B")}
 
 
 def test_add_lora_targets():
@@ -239,16 +247,21 @@ def test_add_lora_targets():
 
 
 def test_targets_may_be_a_list_of_name_endings():
-    """As PEFT reads a list: the whole name, or what follows a point; each ending has to find something."""
+    """As PEFT reads a list: the whole name, or what follows a point; each ending has to find
+    something."""
     def net():
-        return nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4), "seq": nn.Linear(4, 4)}),
+        a = nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4), "seq": nn.Linear(4, 4)})
+        return nn.ModuleDict({"a": a,
                               "b": nn.ModuleDict({"q": nn.Linear(4, 4)}), "head": nn.Linear(4, 4)})
-    names = lambda model: [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    for targets, expected in ((["q", "v"], ["a.q", "a.v", "b.q"]), (("a.q", "head"), ["a.q", "head"]), ({"seq"}, ["a.seq"])):
+    names = lambda model: [name for name, module in model.named_modules()
+                           if isinstance(module, LoRALinear)]
+    for targets, expected in ((["q", "v"], ["a.q", "a.v", "b.q"]),
+                              (("a.q", "head"), ["a.q", "head"]), ({"seq"}, ["a.seq"])):
         model = net()
         add_lora(model, 2, 4, targets=targets)
         assert names(model) == expected
-    for targets, message in ((["q", "k"], "'k' matches no nn.Linear of a.q, a.v"), ([], r"targets is \[\]; expected")):
+    for targets, message in ((["q", "k"], "'k' matches no nn.Linear of a.q, a.v"),
+                             ([], r"targets is \[\]; expected")):
         model = net()
         with pytest.raises(ValueError, match=message):
             add_lora(model, 2, 4, targets=targets)
@@ -257,14 +270,17 @@ def test_targets_may_be_a_list_of_name_endings():
 
 def test_heads_are_left_out_at_any_depth():
     linear = lambda: nn.Linear(4, 4)
-    net = nn.ModuleDict({"body": nn.ModuleDict({"header": linear(), "score": linear()}), "lm_head": linear(),
-                         "classifier": nn.Sequential(linear(), nn.Tanh(), linear()), "head": linear()})
+    net = nn.ModuleDict({"body": nn.ModuleDict({"header": linear(), "score": linear()}),
+                         "lm_head": linear(), "head": linear(),
+                         "classifier": nn.Sequential(linear(), nn.Tanh(), linear())})
     assert add_lora(net, 2, 4) == [net["body"]["header"]]
 
 
-@pytest.mark.parametrize("make", [lambda: nn.TransformerEncoderLayer(8, 2, 16), lambda: nn.MultiheadAttention(8, 2)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.TransformerEncoderLayer(8, 2, 16), lambda: nn.MultiheadAttention(8, 2)])
 def test_add_lora_refuses_layers_whose_weight_is_read_elsewhere(make):
-    """torch's own transformer layers read out_proj.weight themselves, so that an adapter there would do nothing."""
+    """torch's own transformer layers read out_proj.weight themselves, so that an adapter there
+    would do nothing."""
     net = nn.ModuleDict({"inner": make()})
     with pytest.raises(ValueError, match="inner.*reads its weight itself"):
         add_lora(net, 2, 4)
@@ -272,9 +288,11 @@ def test_add_lora_refuses_layers_whose_weight_is_read_elsewhere(make):
 
 def test_a_failed_add_lora_changes_nothing():
     net = Net()
-    for settings in ({"rank": 5}, {"rank": 2, "aux_rank": 5}, {"rank": 2, "aux_rank": -1}, {"rank": 1.5},
+    for settings in ({"rank": 5}, {"rank": 2, "aux_rank": 5}, {"rank": 2, "aux_rank": -1},
+                     {"rank": 1.5},
                      {"rank": 2, "aux_rank": None}):
-        with pytest.raises(ValueError, match="rank is"):  # the last layer is (4, 5), the first (5, 6)
+        # the last layer is (4, 5), the first (5, 6)
+        with pytest.raises(ValueError, match="rank is"):
             add_lora(net, alpha=4, **settings)
         assert not lora_layers(net) and all(p.requires_grad for p in net.parameters())
 
@@ -286,7 +304,8 @@ def test_add_lora_adapts_a_linear_under_two_names_once():
 
 
 def test_add_lora_refuses_a_tied_embedding():
-    net = nn.ModuleDict({"tokens": nn.Embedding(7, 4), "out": nn.Linear(4, 7), "mid": nn.Linear(4, 4)})
+    net = nn.ModuleDict(
+        {"tokens": nn.Embedding(7, 4), "out": nn.Linear(4, 7), "mid": nn.Linear(4, 4)})
     net["out"].weight = net["tokens"].weight
     with pytest.raises(ValueError, match="out cannot be adapted: an embedding"):
         add_lora(net, 2, 4)
@@ -294,7 +313,8 @@ def test_add_lora_refuses_a_tied_embedding():
 
 
 @pytest.mark.parametrize("rank, aux_rank, named", [(0, 0, "rank is 0"), (5, 0, "rank is 5"),
-                                                   (2, 5, "aux_rank is 5"), (2, -1, "aux_rank is -1")])
+                                                   (2, 5, "aux_rank is 5"),
+                                                   (2, -1, "aux_rank is -1")])
 def test_impossible_ranks(rank, aux_rank, named):
     with pytest.raises(ValueError, match=named):
         LoRALinear(nn.Linear(6, 4), rank, 4, aux_rank)
@@ -302,13 +322,15 @@ def test_impossible_ranks(rank, aux_rank, named):
 
 @pytest.mark.parametrize("shape", [(0, 6), (3, 0, 6), (2, 6), (6,), (2, 3, 6)])
 def test_shapes_of_a_batch_are_those_of_nn_linear(shape):
-    """An empty batch passes, forward and backward, and leaves gradients of zero; a wrong width is refused, full or empty."""
+    """An empty batch passes, forward and backward, and leaves gradients of zero; a wrong width is
+    refused, full or empty."""
     torch.manual_seed(0)
     layer, x = LoRALinear(nn.Linear(6, 4), 2, 4, 3).train(), torch.randn(shape)
     y = layer(x)
     assert y.shape == F.linear(x, layer.weight, layer.bias).shape
     y.sum().backward()
-    assert all(p.grad is not None and (x.numel() > 0 or not p.grad.any()) for p in (layer.lora_B, layer.lora_A, layer.aux_B))
+    assert all(p.grad is not None and (x.numel() > 0 or not p.grad.any())
+               for p in (layer.lora_B, layer.lora_A, layer.aux_B))
     for wrong in ((0, 5), (4, 3)):
         with pytest.raises(RuntimeError, match="shapes"):
             layer(torch.empty(wrong))
@@ -339,14 +361,15 @@ def test_lora_step_eq_2(batch):
         torch.testing.assert_close(getattr(net, name).lora_A.detach(), A.detach(), **close)
 
 
-# ------------------------------------------------------------------------------------------ SAM, LoRA-SAM
+# ------------------------------------------------------------------------------------ SAM, LoRA-SAM
 
 
 @pytest.mark.parametrize("rho", [0.0, 1e-3, 0.05, 0.5, 5.0])
 @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
                                   lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1)])
 def test_plain_sam_eq_a2_a3(batch, rho, make):
-    """Every weight of a plain network: torch's optimizer is fed the gradient at w + rho g / ||g||, two steps."""
+    """Every weight of a plain network: torch's optimizer is fed the gradient at w + rho g / ||g||,
+    two steps."""
     torch.manual_seed(0)
     net, x, y = Net().double(), *batch
     other = copy.deepcopy(net)
@@ -363,13 +386,15 @@ def test_plain_sam_eq_a2_a3(batch, rho, make):
             p.grad = d
         theirs.step()
     for (name, p), q in zip(net.named_parameters(), other.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-11, msg=name)  # Adam divides by small roots
+        # Adam divides by small roots
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("rho", [1e-3, 0.05, 0.5, 5.0])
 def test_lora_sam_step_eq_4(batch, rho):
     net, lr = adapted(), 0.1
-    B, A = ({n: getattr(getattr(net, n), f).detach().clone() for n in LAYERS} for f in ("lora_B", "lora_A"))
+    B, A = ({n: getattr(getattr(net, n), f).detach().clone() for n in LAYERS}
+            for f in ("lora_B", "lora_A"))
     W0 = {n: getattr(net, n).weight for n in LAYERS}
 
     def factor_gradients(B, A):
@@ -383,19 +408,22 @@ def test_lora_sam_step_eq_4(batch, rho):
                                 {n: A[n] + rho * gA[n] / F_ for n in LAYERS})
     first = F.cross_entropy(net(batch[0]), batch[1])
     optimizer = torch.optim.SGD([{"params": primary_parameters(net)}], lr=lr)
-    torch.testing.assert_close(lora_sam_step(optimizer, closure_of(net, batch), rho), first, **close)
+    torch.testing.assert_close(lora_sam_step(optimizer, closure_of(net, batch), rho), first,
+                               **close)
     for n in LAYERS:
         torch.testing.assert_close(getattr(net, n).lora_B.detach(), B[n] - lr * gB2[n], **close)
         torch.testing.assert_close(getattr(net, n).lora_A.detach(), A[n] - lr * gA2[n], **close)
 
 
 def test_lora_sam_perturbs_only_params(batch):
-    """The head trains, but eps and its norm F are those of the given parameters; a generator serves, once."""
+    """The head trains, but eps and its norm F are those of the given parameters; a generator
+    serves, once."""
     net = adapted()
     net.head.requires_grad_(True)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
     seen, before = [], snapshot(net)
-    lora_sam_step(optimizer, closure_of(net, batch, seen=seen), 0.3, params=(p for p in primary_parameters(net)))
+    lora_sam_step(optimizer, closure_of(net, batch, seen=seen), 0.3,
+                  params=(p for p in primary_parameters(net)))
     eps = {name: seen[1][name] - seen[0][name] for name in seen[0]}
     assert global_norm(eps.values()) == pytest.approx(0.3, rel=1e-10)
     assert not eps["head.weight"].any() and not eps["first.weight"].any()
@@ -405,18 +433,22 @@ def test_lora_sam_perturbs_only_params(batch):
 def test_a_parameter_given_twice_is_perturbed_once(batch):
     net, seen = adapted(), []
     params = primary_parameters(net)
-    lora_sam_step(torch.optim.SGD(params, lr=0.0), closure_of(net, batch, seen=seen), 0.3, params + params[:2])
-    assert global_norm(seen[1][name] - seen[0][name] for name in seen[0]) == pytest.approx(0.3, rel=1e-10)
+    lora_sam_step(torch.optim.SGD(params, lr=0.0), closure_of(net, batch, seen=seen), 0.3,
+                  params + params[:2])
+    assert global_norm(seen[1][name] - seen[0][name]
+                       for name in seen[0]) == pytest.approx(0.3, rel=1e-10)
 
 
 def test_parameters_outside_the_optimizer_start_from_zero_gradients(batch):
-    """The head is perturbed but not stepped: each step's eps is that of this step's gradient alone."""
+    """The head is perturbed but not stepped: each step's eps is that of this step's gradient
+    alone."""
     def perturbation(steps):
         net, seen = adapted(), []
         net.head.requires_grad_(True)
         optimizer = torch.optim.SGD(primary_parameters(net), lr=0.0)
         for _ in range(steps):
-            lora_sam_step(optimizer, closure_of(net, batch, seen=seen), 0.3, [*net.head.parameters()])
+            lora_sam_step(optimizer, closure_of(net, batch, seen=seen), 0.3,
+                          [*net.head.parameters()])
         return seen[-1]["head.weight"] - seen[-2]["head.weight"]
     torch.testing.assert_close(perturbation(2), perturbation(1), **close)
 
@@ -424,7 +456,8 @@ def test_parameters_outside_the_optimizer_start_from_zero_gradients(batch):
 def test_perturbation_does_not_depend_on_the_loss_scale(batch):
     def perturbation(scale):
         net, seen = adapted(), []
-        lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.1), closure_of(net, batch, scale, seen), 0.05)
+        lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.1),
+                      closure_of(net, batch, scale, seen), 0.05)
         return torch.cat([(seen[1][n] - seen[0][n]).flatten() for n in seen[0]])
     for scale in (2.0**16, 2.0**-16):
         torch.testing.assert_close(perturbation(scale), perturbation(1.0), rtol=1e-8, atol=1e-12)
@@ -434,7 +467,8 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("how", ["returns", "raises", "no gradient in pass 2", "no gradient in pass 1"])
+@pytest.mark.parametrize("how",
+                         ["returns", "raises", "no gradient in pass 2", "no gradient in pass 1"])
 def test_weights_come_back_bit_for_bit_in_their_own_storage(batch, how):
     net = adapted().float()
     batch = (batch[0].float(), batch[1])
@@ -481,7 +515,8 @@ def test_parameter_without_gradient_in_pass_2_is_not_stepped(batch):
 
 def test_all_zero_gradient_gives_no_perturbation(batch):
     net, seen = adapted(), []
-    lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.1), closure_of(net, batch, 0.0, seen), 0.05)
+    lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.1),
+                  closure_of(net, batch, 0.0, seen), 0.05)
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
 
 
@@ -499,11 +534,13 @@ def test_both_passes_draw_the_same_dropout_masks(batch):
     torch.manual_seed(11)
     assert losses[0] == losses[1] == F.cross_entropy(net(batch[0]), batch[1]).item()
     assert torch.rand(()) == after_two_passes  # the generator stands where one pass leaves it
-    assert F.cross_entropy(net(batch[0]), batch[1]).item() != losses[0]  # dropout does something here
+    # dropout does something here
+    assert F.cross_entropy(net(batch[0]), batch[1]).item() != losses[0]
 
 
 def test_perturbation_reaches_a_surrounding_autocast_region(batch):
-    """Autocast keeps bfloat16 copies of weights; the second pass must not read those of the first."""
+    """Autocast keeps bfloat16 copies of weights; the second pass must not read those of the
+    first."""
     net, losses = Net(), []
     batch = (batch[0].float(), batch[1])
 
@@ -522,29 +559,33 @@ def test_perturbation_reaches_a_surrounding_autocast_region(batch):
     assert losses[-1] < losses[2] - 0.1
 
 
-# ------------------------------------------------------------------------------------------ Eq. (5), (6), Prop. 1
+# ---------------------------------------------------------------------------- Eq. (5), (6), Prop. 1
 
 
 @pytest.mark.parametrize("rho", [0.01, 0.5])
 def test_lora_sam_in_weight_space_eq_5_6(batch, rho):
     net, seen = adapted(), []
     G = plain_gradients(net, *batch)
-    lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.0), closure_of(net, batch, seen=seen), rho)
+    lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.0),
+                  closure_of(net, batch, seen=seen), rho)
     s = 3.0
     F_ = global_norm([g for n in LAYERS for g in (s * G[n] @ seen[0][f"{n}.lora_A"].T,
                                                  s * seen[0][f"{n}.lora_B"].T @ G[n])])
     for n in LAYERS:
         (B, A), (B2, A2) = ((at[f"{n}.lora_B"], at[f"{n}.lora_A"]) for at in seen)
-        eps_W = s * (B2 @ A2 - B @ A)                                                          # what pass 2 saw
+        # what pass 2 saw
+        eps_W = s * (B2 @ A2 - B @ A)
         eps_B, eps_A = rho * s * G[n] @ A.T / F_, rho * s * B.T @ G[n] / F_
-        torch.testing.assert_close(eps_W, s * (B @ eps_A + eps_B @ A + eps_B @ eps_A), **close)  # (5)
+        # (5)
+        torch.testing.assert_close(eps_W, s * (B @ eps_A + eps_B @ A + eps_B @ eps_A), **close)
         c = s**2 * rho / F_
         linear = c * (B @ B.T @ G[n] + G[n] @ A.T @ A)                                         # (6)
         torch.testing.assert_close(eps_W - s * eps_B @ eps_A, linear, rtol=1e-8, atol=1e-12)
         # Prop. 1: outside Col(B) and outside Row(A) nothing of the first-order term is left
         outside_B = torch.eye(len(B), dtype=B.dtype) - B @ torch.linalg.pinv(B)
         outside_A = torch.eye(A.shape[1], dtype=A.dtype) - torch.linalg.pinv(A) @ A
-        assert (outside_B @ linear @ outside_A).norm() < 1e-12 < (outside_B @ G[n] @ outside_A).norm()
+        assert (outside_B @ linear @ outside_A).norm() < 1e-12 < (
+            outside_B @ G[n] @ outside_A).norm()
 
 
 def test_first_lora_sam_step_stays_in_row_space_of_A(batch):
@@ -554,7 +595,8 @@ def test_first_lora_sam_step_stays_in_row_space_of_A(batch):
         for layer in lora_layers(net):
             layer.lora_B.zero_()
     G = plain_gradients(net, *batch)
-    lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.0), closure_of(net, batch, seen=seen), 0.5)
+    lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.0),
+                  closure_of(net, batch, seen=seen), 0.5)
     for n in LAYERS:
         A = seen[0][f"{n}.lora_A"]
         eps_W = seen[1][f"{n}.lora_B"] @ seen[1][f"{n}.lora_A"]
@@ -567,7 +609,8 @@ def test_first_lora_sam_step_stays_in_row_space_of_A(batch):
 
 @pytest.mark.parametrize("rho", [1e-3, 0.3, 1.3, 1e3])
 def test_bilora_step_eq_9_10(batch, rho):
-    """Three steps with plain gradients, written out from G; the largest radius never clips, the smallest always does."""
+    """Three steps with plain gradients, written out from G; the largest radius never clips, the
+    smallest always does."""
     net, s, eta1, eta2 = adapted(aux_rank=3), 3.0, 0.1, 0.2
     descent, ascent = sgd_pair(net, eta1, eta2)
     clipped = []
@@ -576,12 +619,14 @@ def test_bilora_step_eq_9_10(batch, rho):
         new = {}
         for n in LAYERS:
             layer = getattr(net, n)
-            B1, A1, B2, A2 = (getattr(layer, f).detach().clone() for f in ("lora_B", "lora_A", "aux_B", "aux_A"))
+            B1, A1, B2, A2 = (getattr(layer, f).detach().clone()
+                              for f in ("lora_B", "lora_A", "aux_B", "aux_A"))
             new[n] = [B1 - eta1 * s * G[n] @ A1.T, A1 - eta1 * s * B1.T @ G[n],   # (9)
                       B2 + eta2 * s * G[n] @ A2.T, A2 + eta2 * s * B2.T @ G[n]]   # (9)
         c = global_norm([B2 @ A2 for _, _, B2, A2 in new.values()])               # without s
         if c > rho:                                                               # (10)
-            new = {n: [B1, A1, B2 * math.sqrt(rho / c), A2 * math.sqrt(rho / c)] for n, (B1, A1, B2, A2) in new.items()}
+            new = {n: [B1, A1, B2 * math.sqrt(rho / c), A2 * math.sqrt(rho / c)]
+                   for n, (B1, A1, B2, A2) in new.items()}
         first = F.cross_entropy(net(batch[0]), batch[1])
         loss = bilora_step(descent, ascent, closure_of(net, batch), lora_layers(net), rho)
         torch.testing.assert_close(loss, first.detach(), **close)
@@ -596,13 +641,15 @@ def test_bilora_step_eq_9_10(batch, rho):
     ("sgd", lambda params: torch.optim.SGD(params, lr=0.02)),
     ("adamw", lambda params: torch.optim.AdamW(params, lr=0.02, weight_decay=0.0))])
 def test_bilora_optimizers_are_torchs_own_with_the_sign_flipped(batch, ascent, oracle):
-    """Two optimizers of torch's own, one fed the ascent's gradient with its sign changed by hand."""
+    """Two optimizers of torch's own, one fed the ascent's gradient with its sign changed by
+    hand."""
     net = adapted(aux_rank=3)
     net.head.requires_grad_(True)
     other = copy.deepcopy(net)
     ours = bilora_optimizers(net, lr=0.01, aux_lr=0.02, ascent=ascent, weight_decay=0.1)
     down = [p for n, p in other.named_parameters() if p.requires_grad and "aux" not in n]
-    theirs = [torch.optim.AdamW(down, lr=0.01, weight_decay=0.1), oracle(auxiliary_parameters(other))]
+    theirs = [torch.optim.AdamW(down, lr=0.01, weight_decay=0.1),
+              oracle(auxiliary_parameters(other))]
     for _ in range(3):
         bilora_step(*ours, closure_of(net, batch), lora_layers(net), 1e9)
         other.zero_grad()
@@ -642,16 +689,21 @@ def ascents(net):
     """{what is wrong with it: (descent, ascent, message)}."""
     up, down, sgd = auxiliary_parameters(net), primary_parameters(net), torch.optim.SGD
     good = sgd(up, lr=0.1, maximize=True)
+    groups = [{"params": up[:1], "maximize": False}, {"params": up[1:]}]
     return {
         "descends": (sgd(down, lr=0.1), sgd(up, lr=0.1), "maximize=True in every group"),
-        "one group descends": (sgd(down, lr=0.1), sgd([{"params": up[:1], "maximize": False}, {"params": up[1:]}], lr=0.1,
-                                                       maximize=True), "maximize=True in every group"),
-        "takes the key and descends": (sgd(down, lr=0.1), torch.optim.Muon([{"params": up, "maximize": True}], lr=0.1),
+        "one group descends": (sgd(down, lr=0.1), sgd(groups, lr=0.1, maximize=True),
+                               "maximize=True in every group"),
+        "takes the key and descends": (sgd(down, lr=0.1),
+                                       torch.optim.Muon([{"params": up, "maximize": True}], lr=0.1),
                                        "that knows the option, not this Muon"),
-        "one is missing": (sgd(down, lr=0.1), sgd(up[1:], lr=0.1, maximize=True), "5 of the layers' 6 .* 0 others, descent 0"),
-        "one is foreign": (sgd(down[1:], lr=0.1), sgd([*up, down[0]], lr=0.1, maximize=True), "6 of .* 1 others, descent 0"),
+        "one is missing": (sgd(down, lr=0.1), sgd(up[1:], lr=0.1, maximize=True),
+                           "5 of the layers' 6 .* 0 others, descent 0"),
+        "one is foreign": (sgd(down[1:], lr=0.1), sgd([*up, down[0]], lr=0.1, maximize=True),
+                           "6 of .* 1 others, descent 0"),
         "in both": (sgd([*down, up[0]], lr=0.1), good, "6 of .* 0 others, descent 1"),
-        "the descent ascends": (sgd(down, lr=0.1, maximize=True), good, "descent: expected no group"),
+        "the descent ascends": (sgd(down, lr=0.1, maximize=True), good,
+                                "descent: expected no group"),
         "there is none": (sgd(down, lr=0.1), None, "ascent is None; expected the optimizer")}
 
 
@@ -673,14 +725,16 @@ def test_bilora_step_wants_layers_with_auxiliary_pairs(batch):
     for model in (net, nn.Sequential(net)):  # the second could be iterated over
         for call in (lambda: bilora_step(*sgd_pair(net), closure_of(net, batch), model, 0.1),
                      lambda: perturbation_norm(model), lambda: clip_perturbation_(model, 0.1)):
-            with pytest.raises(ValueError, match=f"layers is a {type(model).__name__}; expected the list"):
+            with pytest.raises(ValueError,
+                               match=f"layers is a {type(model).__name__}; expected the list"):
                 call()
 
 
 def test_another_clip_stands_in_the_place_of_eq_10(batch):
     """It is called once, after both optimizers have moved, with the layers and the radius."""
     net, twin, seen = adapted(aux_rank=2), adapted(aux_rank=2), []
-    bilora_step(*sgd_pair(net), closure_of(net, batch), lora_layers(net), 0.01, clip=lambda *given: seen.append(given))
+    bilora_step(*sgd_pair(net), closure_of(net, batch), lora_layers(net), 0.01,
+                clip=lambda *given: seen.append(given))
     bilora_step(*sgd_pair(twin), closure_of(twin, batch), lora_layers(twin), 1e9)  # never clips
     assert seen == [(lora_layers(net), 0.01)]
     assert_same_bits(net, snapshot(twin))
@@ -691,8 +745,10 @@ def test_layers_may_be_any_iterable_and_name_a_layer_twice(batch):
     bilora_step(*sgd_pair(net), closure_of(net, batch), (layer for layer in lora_layers(net)), 0.01)
     bilora_step(*sgd_pair(other), closure_of(other, batch), lora_layers(other) * 2, 0.01)
     for model in (net, other):
-        assert perturbation_norm(layer for layer in lora_layers(model)).item() == pytest.approx(0.01, rel=1e-9)
-    assert clip_perturbation_((layer for layer in lora_layers(net)), 0.005).item() == pytest.approx(0.01, rel=1e-9)
+        assert perturbation_norm(layer for layer in lora_layers(model)).item() == pytest.approx(
+            0.01, rel=1e-9)
+    assert clip_perturbation_((layer for layer in lora_layers(net)),
+                              0.005).item() == pytest.approx(0.01, rel=1e-9)
     assert perturbation_norm(lora_layers(net)).item() == pytest.approx(0.005, rel=1e-9)
 
 
@@ -706,14 +762,16 @@ def test_evaluation_does_not_see_the_auxiliary_pair(batch):
     assert not torch.allclose(net.train()(batch[0]), plain(batch[0]))
 
 
-# ------------------------------------------------------------------------------------------ the norm and the clip
+# ---------------------------------------------------------------------------- the norm and the clip
 
 
-@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5),
+@pytest.mark.parametrize("dtype, rtol",
+                         [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5),
                                          (torch.float16, 1e-5)])
 @pytest.mark.parametrize("size", [1.0, 1e-3, 50.0])
 def test_gram_norm_equals_dense_norm(dtype, rtol, size):
-    """c has no s in it (s is 3 here), and is computed in float32 or wider: in float16 its square would be 0 or infinite."""
+    """c has no s in it (s is 3 here), and is computed in float32 or wider: in float16 its square
+    would be 0 or infinite."""
     net = adapted(aux_rank=3)
     with torch.no_grad():
         for p in auxiliary_parameters(net):
@@ -735,7 +793,8 @@ def test_gram_norm_forms_no_full_matrix():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and function.overloadpacket not in (torch.ops.aten.t, torch.ops.aten.detach):  # views
+            views = (torch.ops.aten.t, torch.ops.aten.detach)
+            if isinstance(out, torch.Tensor) and function.overloadpacket not in views:
                 largest.append(out.numel())
             return out
 
@@ -755,16 +814,19 @@ def dense_products(net):
 def test_clip_is_global_acts_only_outside_and_lands_on_the_ball():
     net = adapted(aux_rank=3)
     with torch.no_grad():
-        net.first.aux_B.mul_(0.01)  # one layer far smaller than the others: a clip per layer would leave it alone
+        # one layer far smaller than the others: a clip per layer would leave it alone
+        net.first.aux_B.mul_(0.01)
     before, bits = dense_products(net), snapshot(net)
     c = before.norm().item()
     for rho in (c * 1.001, 10 * c, math.inf):
         assert clip_perturbation_(lora_layers(net), rho).item() == pytest.approx(c, rel=1e-12)
         assert_same_bits(net, bits)
     clip_perturbation_(lora_layers(net), c / 7)
-    torch.testing.assert_close(dense_products(net), before / 7, **close)  # one factor for all layers
+    # one factor for all layers
+    torch.testing.assert_close(dense_products(net), before / 7, **close)
     for name, value in net.state_dict().items():  # both factors alike, by the root
-        torch.testing.assert_close(value, bits[name] / (math.sqrt(7) if "aux" in name else 1), **close)
+        torch.testing.assert_close(value, bits[name] / (math.sqrt(7) if "aux" in name else 1),
+                                   **close)
     clip_perturbation_(lora_layers(net), 0.0)
     assert not dense_products(net).any()
     clip_perturbation_(lora_layers(net), 0.0)  # 0 / 0 is no clip
@@ -772,23 +834,28 @@ def test_clip_is_global_acts_only_outside_and_lands_on_the_ball():
 
 
 def test_clip_needs_no_value_on_the_host(monkeypatch):
-    """Every way of reading a tensor's value, which on a GPU waits for the device, is made to raise."""
+    """Every way of reading a tensor's value, which on a GPU waits for the device, is made to
+    raise."""
     layers = lora_layers(adapted(aux_rank=2))
 
     def read(tensor, *args):
         raise AssertionError("a value was read")
 
-    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__format__"):
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__",
+                 "__format__"):
         monkeypatch.setattr(torch.Tensor, name, read)
     c = clip_perturbation_(layers, 0.1)
     with pytest.raises(AssertionError, match="a value was read"):
         bool(c > 0.1)
 
 
-STEPS = {"LoRA": lambda net, down, up, closure, rho=0.05: lora_step(down, closure),
-         "LoRA-SAM": lambda net, down, up, closure, rho=0.05: lora_sam_step(down, closure, rho),
-         "Bi-LoRA": lambda net, down, up, closure, rho=0.05: bilora_step(down, up, closure, lora_layers(net), rho),
-         "Bi-LoRA, power rule": lambda net, down, up, closure, rho=0.05: bilora_power_step(down, closure, lora_layers(net), rho)}
+STEPS = {  # each: (net, descent, ascent, closure, rho)
+    "LoRA": lambda net, down, up, closure, rho=0.05: lora_step(down, closure),
+    "LoRA-SAM": lambda net, down, up, closure, rho=0.05: lora_sam_step(down, closure, rho),
+    "Bi-LoRA": lambda net, down, up, closure, rho=0.05: bilora_step(
+        down, up, closure, lora_layers(net), rho),
+    "Bi-LoRA, power rule": lambda net, down, up, closure, rho=0.05: bilora_power_step(
+        down, closure, lora_layers(net), rho)}
 
 
 @pytest.mark.parametrize("rho", [-0.1, math.nan])
@@ -803,11 +870,13 @@ def test_negative_radius(batch, rho):
     assert_same_bits(net, before)
 
 
-# ------------------------------------------------------------------------------------------ steps that cannot do their work
+# ------------------------------------------------------------------ steps that cannot do their work
 
 
-@pytest.mark.parametrize("method, bad_pass", [("LoRA", 1), ("LoRA-SAM", 1), ("LoRA-SAM", 2), ("Bi-LoRA", 1), ("Bi-LoRA, power rule", 1)])
-@pytest.mark.parametrize("how", ["no backward", "no backward, with old gradients", "optimizer made before the adapters"])
+@pytest.mark.parametrize("method, bad_pass", [("LoRA", 1), ("LoRA-SAM", 1), ("LoRA-SAM", 2),
+                                              ("Bi-LoRA", 1), ("Bi-LoRA, power rule", 1)])
+@pytest.mark.parametrize(
+    "how", ["no backward", "no backward, with old gradients", "optimizer made before the adapters"])
 def test_a_closure_that_leaves_no_gradient(batch, method, bad_pass, how):
     """Nothing would be trained, and nothing would say so."""
     torch.manual_seed(0)
@@ -866,7 +935,8 @@ def test_everything_frozen(batch, method):
         STEPS[method](net, optimizer, None, closure)
 
 
-@pytest.mark.parametrize("method, bad_pass", [("LoRA", 1), ("LoRA-SAM", 1), ("LoRA-SAM", 2), ("Bi-LoRA", 1), ("Bi-LoRA, power rule", 1)])
+@pytest.mark.parametrize("method, bad_pass", [("LoRA", 1), ("LoRA-SAM", 1), ("LoRA-SAM", 2),
+                                              ("Bi-LoRA", 1), ("Bi-LoRA, power rule", 1)])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_finite(batch, method, bad_pass, value, where):
@@ -940,7 +1010,8 @@ def test_no_parameters_to_perturb(batch):
 
 
 def test_the_norm_of_bfloat16_gradients_is_not_rounded_to_bfloat16():
-    """g = (1, x), ||g|| = 1.0039: eps_1 = 1 / 1.0039 rounds to 255 / 256, and to 1 where the norm was rounded first."""
+    """g = (1, x), ||g|| = 1.0039: eps_1 = 1 / 1.0039 rounds to 255 / 256, and to 1 where the norm
+    was rounded first."""
     w, seen = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True), []
 
     def closure():
@@ -953,7 +1024,7 @@ def test_the_norm_of_bfloat16_gradients_is_not_rounded_to_bfloat16():
     assert seen[1][0].item() == 255 / 256
 
 
-# ------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("method", STEPS)
@@ -968,7 +1039,8 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(batch, method):
         moved = not torch.equal(after[name], before[name])
         assert moved == ("lora" in name or "aux" in name), name
     if method.startswith("Bi-LoRA"):
-        assert perturbation_norm(lora_layers(net)).item() == pytest.approx(0.05, rel=1e-5)  # float32
+        # float32
+        assert perturbation_norm(lora_layers(net)).item() == pytest.approx(0.05, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", STEPS)
@@ -992,7 +1064,8 @@ def test_micro_batches_equal_one_batch(batch, method):
 
 def test_the_module_prints_nothing_and_imports_only_torch():
     source = open(bilora.__file__).read()
-    imports = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import", "from"))}
+    imports = {line.split()[1].split(".")[0]
+               for line in source.splitlines() if line.startswith(("import", "from"))}
     assert imports - {"torch"} <= set(sys.stdlib_module_names)
     assert not re.search(r"\bprint\(", source)
 
@@ -1002,5 +1075,6 @@ def test_bilora_step_in_eval_mode_is_refused():
     net = adapted(aux_rank=2).eval()
     before, optimizers = snapshot(net), bilora_optimizers(net, 0.1)
     with pytest.raises(ValueError, match="in training mode: call model.train"):
-        bilora_step(*optimizers, lambda: net(torch.ones(1, 6, dtype=torch.float64)).sum(), lora_layers(net), 0.3)
+        bilora_step(*optimizers, lambda: net(torch.ones(1, 6, dtype=torch.float64)).sum(),
+                    lora_layers(net), 0.3)
     assert_same_bits(net, before)

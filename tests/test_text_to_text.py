@@ -118,7 +118,8 @@ def test_answers_are_whole_words_and_end():
 
 def test_a_long_prompt_keeps_its_end():
     """The question stands there; and the special token stays."""
-    rows, prompt = [(("a b c d e f g h", "h g"), 1), (("a", "b"), 0)], "mrpc sentence1: {} sentence2: {}"
+    rows = [(("a b c d e f g h", "h g"), 1), (("a", "b"), 0)]
+    prompt = "mrpc sentence1: {} sentence2: {}"
     (long, _, label), (short, *_) = encode(tokenizer(end=True), rows, prompt, 12)
     assert long == [12, 13, 14, 15, 16, 17, 18, 9, 10, 18, 17, 1] and label == 1  # of 16 tokens
     assert short == [7, 8, 10, 11, 9, 10, 12, 1]
@@ -188,7 +189,8 @@ def test_every_family_reads_the_prompt_and_answers_in_words(folders, family):
     ids, _, found = data.rows[0]
     assert (ids, found) == (made.encode(SAME.format(*sentences)).ids, int(label))
     end = 5 if family == "llama3" else 1
-    words = [made.encode(word, add_special_tokens=False).ids for word in ("different", "equivalent")]
+    words = [made.encode(word, add_special_tokens=False).ids
+             for word in ("different", "equivalent")]
     assert data.answers == [ids + [end] for ids in words]
 
 def test_the_longest_rows_there_is_room_for(folders, capsys):
