@@ -16,7 +16,7 @@ import torch.nn as nn
 from bilora import (add_lora, auxiliary_parameters, load_adapter, lora_layers, merge_lora_,
                     primary_parameters, save_adapter)
 from model import read_safetensors, write_safetensors
-from test_steps import Net, adapted, assert_same_bits, snapshot
+from test_steps import Net, adapted, assert_close, assert_same_bits, snapshot
 
 
 def prepared(seed=0, rank=2, alpha=6, aux_rank=2, head=True, targets=None):
@@ -47,7 +47,7 @@ def test_merge_in_float64():
         assert type(layer) is nn.Linear and (layer.out_features, layer.in_features) == W.shape
         assert not layer.training and not layer.weight.requires_grad
         assert (layer.weight - base[name]).norm() > 0.1  # there was something to merge
-        torch.testing.assert_close(layer.weight, W, rtol=1e-12, atol=1e-12, check_stride=False)
+        assert_close(layer.weight, W, name, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(net.train()(x), logits, rtol=1e-12, atol=1e-12)
 
 
@@ -113,8 +113,8 @@ def test_file_layout(tmp_path):
         f"base_model.model.{name}.lora_{f}.weight" for name in names for f in "AB"} | {
         f"base_model.model.model.score.{p}" for p in ("weight", "bias")}
     for name, layer in names.items():
-        assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], layer.lora_A)
-        assert torch.equal(tensors[f"base_model.model.{name}.lora_B.weight"], layer.lora_B)
+        assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], layer.lora_A), name
+        assert torch.equal(tensors[f"base_model.model.{name}.lora_B.weight"], layer.lora_B), name
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 6)
     assert config["target_modules"] == ["last", "model.query", "shared"]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from bilora import lora_layers, primary_parameters
 from test_propositions import best_of_rank
-from test_steps import (LAYERS, adapted, assert_same_bits, close, plain_gradients, plain_loss,
-                        snapshot)
+from test_steps import (LAYERS, adapted, assert_close, assert_same_bits, close, plain_gradients,
+                        plain_loss, snapshot)
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import measures  # noqa: E402
@@ -77,8 +77,8 @@ def test_gradient_in_both_spaces(batch, space):
     G = plain_gradients(net, *batch)
     expected = list(G.values()) if space == "full" else [t for n in LAYERS for t in (
         3.0 * G[n] @ getattr(net, n).lora_A.T, 3.0 * getattr(net, n).lora_B.T @ G[n])]
-    for found, right in zip(g, expected, strict=True):
-        torch.testing.assert_close(found, right.detach(), **close)
+    for i, (found, right) in enumerate(zip(g, expected, strict=True)):
+        assert_close(found, right, f"{space}, tensor {i}")
     assert loss == pytest.approx(F.cross_entropy(net(batch[0]), batch[1]).item(), rel=1e-12)
     assert all(p.grad is None for p in net.parameters()) and not net.first.weight.requires_grad
 
@@ -187,12 +187,10 @@ def test_lora_sam_terms(batch):
     terms = measures.lora_sam_terms(layers, [rho * x / total for x in g])
     for i, layer in enumerate(layers):
         B, A = layer.lora_B + rho * g[2 * i] / total, layer.lora_A + rho * g[2 * i + 1] / total
-        torch.testing.assert_close(sum(term[i] for term in terms),
-                                   (3.0 * (B @ A - layer.lora_B @ layer.lora_A)).detach(), **close)
-        torch.testing.assert_close(terms[0][i], (3.0 * layer.lora_B @ (A - layer.lora_A)).detach(),
-                                   **close)
-        torch.testing.assert_close(terms[1][i], (3.0 * (B - layer.lora_B) @ layer.lora_A).detach(),
-                                   **close)
+        gained = 3.0 * (B @ A - layer.lora_B @ layer.lora_A)
+        assert_close(sum(term[i] for term in terms), gained, f"layer {i}")
+        assert_close(terms[0][i], 3.0 * layer.lora_B @ (A - layer.lora_A), f"layer {i}, B eps_A")
+        assert_close(terms[1][i], 3.0 * (B - layer.lora_B) @ layer.lora_A, f"layer {i}, eps_B A")
 
 
 def test_low_rank_products_without_the_products():

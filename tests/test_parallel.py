@@ -8,7 +8,7 @@ agree on every rank.
 import torch
 
 from bilora import bilora_step, lora_layers, lora_sam_step, primary_parameters
-from test_steps import adapted, closure_of, sgd_pair
+from test_steps import adapted, assert_close, closure_of, sgd_pair
 
 STEPS = 3
 
@@ -50,6 +50,5 @@ def test_two_processes_equal_one(tmp_path, batch):
         for rank in (0, 1):
             found = torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True)
             for name, value in expected.items():
-                where = f"{method}, rank {rank}, {name}: "
-                torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12,
-                                           msg=lambda text: where + text)
+                where = f"{method}, rank {rank}, {name}"
+                assert_close(found[name], value, where, rtol=1e-9, atol=1e-12)

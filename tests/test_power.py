@@ -16,7 +16,7 @@ import torch.nn as nn
 from bilora import (LoRALinear, auxiliary_parameters, bilora_optimizers, lora_layers,
                     perturbation_norm, primary_parameters)
 from test_propositions import RHO, best_of_rank, product
-from test_steps import (LAYERS, adapted, assert_same_bits, closure_of, close, global_norm,
+from test_steps import (LAYERS, adapted, assert_close, assert_same_bits, closure_of, global_norm,
                         plain_gradients, snapshot)
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
@@ -57,9 +57,9 @@ def test_at_a_fixed_gradient_it_reaches_the_optimum_of_prop_3(aux_rank, momentum
     for _ in range(150):
         bilora_power_step(still(layers), closure, layers, RHO, momentum)
     best = [layer.alpha * right for layer, right in zip(layers, best)]  # rank is 1: s is alpha
-    for layer, right in zip(layers, best):
-        torch.testing.assert_close(product(layer), RHO * right / global_norm(best), rtol=0,
-                                   atol=1e-6 * RHO)
+    for i, (layer, right) in enumerate(zip(layers, best)):
+        expected = RHO * right / global_norm(best)
+        assert_close(product(layer), expected, f"layer {i}", rtol=0, atol=1e-6 * RHO)
     gain = sum((G * layer.aux_delta()).sum() for G, layer in zip(Gs, layers)).item()
     assert gain == pytest.approx(RHO * global_norm(best), rel=1e-6)
 
@@ -73,8 +73,7 @@ def test_every_step_keeps_the_rows_orthonormal_and_the_radius(batch, momentum):
         bilora_power_step(optimizer, closure_of(net, batch), lora_layers(net), RHO, momentum)
         for n in LAYERS:
             A = getattr(net, n).aux_A.detach()
-            torch.testing.assert_close(A @ A.T, torch.eye(3, dtype=torch.float64), rtol=0,
-                                       atol=1e-12)
+            assert_close(A @ A.T, torch.eye(3, dtype=torch.float64), n, rtol=0, atol=1e-12)
             assert not torch.allclose(product(getattr(net, n)), before[n])
         assert global_norm([product(getattr(net, n)) for n in LAYERS]) == pytest.approx(RHO,
                                                                                         rel=1e-12)
@@ -102,10 +101,9 @@ def test_one_step_written_out(batch, momentum):
     assert loss.ndim == 0 and not loss.requires_grad
     for n in LAYERS:
         layer, (B1, A1) = getattr(net, n), primary[n]
-        torch.testing.assert_close(product(layer), RHO * turned[n] / global_norm(turned.values()),
-                                   **close)
-        torch.testing.assert_close(layer.lora_B.detach(), B1 - lr * s * G[n] @ A1.T, **close)
-        torch.testing.assert_close(layer.lora_A.detach(), A1 - lr * s * B1.T @ G[n], **close)
+        assert_close(product(layer), RHO * turned[n] / global_norm(turned.values()), n)
+        assert_close(layer.lora_B, B1 - lr * s * G[n] @ A1.T, f"{n}.lora_B")
+        assert_close(layer.lora_A, A1 - lr * s * B1.T @ G[n], f"{n}.lora_A")
 
 
 def test_with_enough_rank_its_descent_gradient_is_full_sams(batch):
@@ -134,8 +132,8 @@ def test_with_enough_rank_its_descent_gradient_is_full_sams(batch):
                       RHO)
     for n, (B, A) in expected.items():
         assert not torch.allclose(sam[n], G[n], rtol=1e-2)
-        torch.testing.assert_close(getattr(net, n).lora_B.detach(), B, rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close(getattr(net, n).lora_A.detach(), A, rtol=1e-7, atol=1e-9)
+        assert_close(getattr(net, n).lora_B, B, f"{n}.lora_B", rtol=1e-7, atol=1e-9)
+        assert_close(getattr(net, n).lora_A, A, f"{n}.lora_A", rtol=1e-7, atol=1e-9)
 
 
 def test_the_optimizer_keeps_no_state_for_the_pairs_and_steps_the_rest(batch):
@@ -156,7 +154,7 @@ def test_the_optimizer_keeps_no_state_for_the_pairs_and_steps_the_rest(batch):
         other.step()
     for n, p in net.named_parameters():
         if n in twin:
-            torch.testing.assert_close(p.detach(), twin[n].detach(), rtol=1e-9, atol=1e-12)
+            assert_close(p, twin[n], n, rtol=1e-9, atol=1e-12)
     assert not any(id(p) in set(map(id, optimizer.state)) for p in auxiliary_parameters(net))
 
 
@@ -169,8 +167,8 @@ def test_without_a_gradient_the_perturbation_keeps_its_direction():
             p.grad = None if missing else torch.zeros_like(p)
         turn_perturbation_(lora_layers(net), RHO, 0.0)
         for n in LAYERS:
-            torch.testing.assert_close(product(getattr(net, n)),
-                                       RHO * before[n] / global_norm(before.values()), **close)
+            expected = RHO * before[n] / global_norm(before.values())
+            assert_close(product(getattr(net, n)), expected, n)
     net.first.aux_B.grad = torch.randn_like(net.first.aux_B)
     turn_perturbation_(lora_layers(net), RHO, 0.0)
     assert product(net.last).norm() == 0
@@ -221,9 +219,9 @@ def test_a_surrounding_autocast_region_does_not_round_it(batch):
     with torch.autocast("cpu", torch.bfloat16):
         bilora_power_step(bilora_optimizers(net, 0.1)[0], closure_of(net, (x, y)), lora_layers(net),
                           RHO)
-    for layer in lora_layers(net):
-        A = layer.aux_A.detach()
-        torch.testing.assert_close(A @ A.T, torch.eye(3), rtol=0, atol=1e-5)
+    for n in LAYERS:
+        A = getattr(net, n).aux_A.detach()
+        assert_close(A @ A.T, torch.eye(3), n, rtol=0, atol=1e-5)
     assert global_norm([product(getattr(net, n)) for n in LAYERS]) == pytest.approx(RHO, rel=1e-5)
 
 

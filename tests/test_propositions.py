@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from bilora import LoRALinear, bilora_step, clip_perturbation_, lora_layers
-from test_steps import LAYERS, adapted, closure_of, global_norm, plain_gradients
+from test_steps import LAYERS, adapted, assert_close, closure_of, global_norm, plain_gradients
 
 RHO = 0.3
 
@@ -153,8 +153,8 @@ def test_with_enough_rank_the_descent_gradient_is_full_sams(batch):
         assert not torch.allclose(sam[n], G[n], rtol=1e-2)  # SAM's gradient is not the plain one
     bilora_step(*sgd(lora_layers(net), lr, 0.0), closure_of(net, few), lora_layers(net), RHO)
     for n, (B, A) in expected.items():
-        torch.testing.assert_close(getattr(net, n).lora_B.detach(), B, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(getattr(net, n).lora_A.detach(), A, rtol=1e-9, atol=1e-12)
+        assert_close(getattr(net, n).lora_B, B, f"{n}.lora_B", rtol=1e-9, atol=1e-12)
+        assert_close(getattr(net, n).lora_A, A, f"{n}.lora_A", rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("eta2", [0.05, 0.2])

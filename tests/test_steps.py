@@ -101,6 +101,12 @@ def snapshot(model):
     return {name: t.clone() for name, t in model.state_dict().items()}
 
 
+def assert_close(found, expected, where, rtol=1e-10, atol=1e-13):
+    """The message begins with `where`: which layer, which factor."""
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=rtol, atol=atol,
+                               msg=lambda text: f"{where}: {text}")
+
+
 def assert_same_bits(model, before):
     for name, t in model.state_dict().items():
         assert torch.equal(t, before[name]), name
@@ -141,11 +147,11 @@ def test_gradients_eq_2_and_9(batch, auxiliary):
     closure_of(net, batch)()
     for name, G in plain_gradients(net, *batch, auxiliary).items():
         layer = getattr(net, name)
-        torch.testing.assert_close(layer.lora_B.grad, 3.0 * G @ layer.lora_A.T, **close)
-        torch.testing.assert_close(layer.lora_A.grad, 3.0 * layer.lora_B.T @ G, **close)
+        assert_close(layer.lora_B.grad, 3.0 * G @ layer.lora_A.T, f"{name}.lora_B")
+        assert_close(layer.lora_A.grad, 3.0 * layer.lora_B.T @ G, f"{name}.lora_A")
         if auxiliary:
-            torch.testing.assert_close(layer.aux_B.grad, 3.0 * G @ layer.aux_A.T, **close)
-            torch.testing.assert_close(layer.aux_A.grad, 3.0 * layer.aux_B.T @ G, **close)
+            assert_close(layer.aux_B.grad, 3.0 * G @ layer.aux_A.T, f"{name}.aux_B")
+            assert_close(layer.aux_A.grad, 3.0 * layer.aux_B.T @ G, f"{name}.aux_A")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -357,8 +363,8 @@ def test_lora_step_eq_2(batch):
         p.grad = torch.ones_like(p)  # a stale gradient: the step zeroes it
     torch.testing.assert_close(lora_step(optimizer, closure_of(net, batch)), first, **close)
     for name, (B, A) in expected.items():
-        torch.testing.assert_close(getattr(net, name).lora_B.detach(), B.detach(), **close)
-        torch.testing.assert_close(getattr(net, name).lora_A.detach(), A.detach(), **close)
+        assert_close(getattr(net, name).lora_B, B, f"{name}.lora_B")
+        assert_close(getattr(net, name).lora_A, A, f"{name}.lora_A")
 
 
 # ------------------------------------------------------------------------------------ SAM, LoRA-SAM
@@ -387,7 +393,7 @@ def test_plain_sam_eq_a2_a3(batch, rho, make):
         theirs.step()
     for (name, p), q in zip(net.named_parameters(), other.parameters()):
         # Adam divides by small roots
-        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-11, msg=name)
+        assert_close(p, q, name, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("rho", [1e-3, 0.05, 0.5, 5.0])
@@ -411,8 +417,8 @@ def test_lora_sam_step_eq_4(batch, rho):
     torch.testing.assert_close(lora_sam_step(optimizer, closure_of(net, batch), rho), first,
                                **close)
     for n in LAYERS:
-        torch.testing.assert_close(getattr(net, n).lora_B.detach(), B[n] - lr * gB2[n], **close)
-        torch.testing.assert_close(getattr(net, n).lora_A.detach(), A[n] - lr * gA2[n], **close)
+        assert_close(getattr(net, n).lora_B, B[n] - lr * gB2[n], f"{n}.lora_B")
+        assert_close(getattr(net, n).lora_A, A[n] - lr * gA2[n], f"{n}.lora_A")
 
 
 def test_lora_sam_perturbs_only_params(batch):
@@ -576,11 +582,10 @@ def test_lora_sam_in_weight_space_eq_5_6(batch, rho):
         # what pass 2 saw
         eps_W = s * (B2 @ A2 - B @ A)
         eps_B, eps_A = rho * s * G[n] @ A.T / F_, rho * s * B.T @ G[n] / F_
-        # (5)
-        torch.testing.assert_close(eps_W, s * (B @ eps_A + eps_B @ A + eps_B @ eps_A), **close)
+        assert_close(eps_W, s * (B @ eps_A + eps_B @ A + eps_B @ eps_A), f"(5), {n}")
         c = s**2 * rho / F_
         linear = c * (B @ B.T @ G[n] + G[n] @ A.T @ A)                                         # (6)
-        torch.testing.assert_close(eps_W - s * eps_B @ eps_A, linear, rtol=1e-8, atol=1e-12)
+        assert_close(eps_W - s * eps_B @ eps_A, linear, f"(6), {n}", rtol=1e-8, atol=1e-12)
         # Prop. 1: outside Col(B) and outside Row(A) nothing of the first-order term is left
         outside_B = torch.eye(len(B), dtype=B.dtype) - B @ torch.linalg.pinv(B)
         outside_A = torch.eye(A.shape[1], dtype=A.dtype) - torch.linalg.pinv(A) @ A
@@ -632,7 +637,7 @@ def test_bilora_step_eq_9_10(batch, rho):
         torch.testing.assert_close(loss, first.detach(), **close)
         for n, values in new.items():
             for field, value in zip(("lora_B", "lora_A", "aux_B", "aux_A"), values):
-                torch.testing.assert_close(getattr(getattr(net, n), field).detach(), value, **close)
+                assert_close(getattr(getattr(net, n), field), value, f"{n}.{field}")
         clipped.append(c > rho)
     assert clipped[0] if rho < 1e3 else not any(clipped)
 
@@ -659,7 +664,7 @@ def test_bilora_optimizers_are_torchs_own_with_the_sign_flipped(batch, ascent, o
         for optimizer in theirs:
             optimizer.step()
     for (name, p), q in zip(net.named_parameters(), other.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
+        assert_close(p, q, name, rtol=1e-9, atol=1e-12)
 
 
 def test_every_trainable_parameter_is_in_exactly_one_optimizer():
@@ -825,8 +830,7 @@ def test_clip_is_global_acts_only_outside_and_lands_on_the_ball():
     # one factor for all layers
     torch.testing.assert_close(dense_products(net), before / 7, **close)
     for name, value in net.state_dict().items():  # both factors alike, by the root
-        torch.testing.assert_close(value, bits[name] / (math.sqrt(7) if "aux" in name else 1),
-                                   **close)
+        assert_close(value, bits[name] / (math.sqrt(7) if "aux" in name else 1), name)
     clip_perturbation_(lora_layers(net), 0.0)
     assert not dense_products(net).any()
     clip_perturbation_(lora_layers(net), 0.0)  # 0 / 0 is no clip
@@ -1059,7 +1063,7 @@ def test_micro_batches_equal_one_batch(batch, method):
     for net, closure in ((whole, closure_of(whole, batch)), (parts, accumulate)):
         STEPS[method](net, *sgd_pair(net), closure)
     for (name, p), q in zip(whole.named_parameters(), parts.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-12, msg=name)
+        assert_close(p, q, name, rtol=1e-6, atol=1e-12)
 
 
 def test_the_module_prints_nothing_and_imports_only_torch():
