@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 
 from bilora import LoRALinear, bilora_step
+from test_train_glue import error_of, log_of
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import ascent  # noqa: E402
@@ -72,8 +73,7 @@ def test_what_is_measured_and_predicted(folder, monkeypatch, capsys):
     text = open("out/demo-ascent-c.md").read()
     assert text in capsys.readouterr().out and "nan" not in text
     assert list(report["ascents"]) == ["sgd, 1", "sgd, 500", "adamw, 1"]
-    logs = {name: [[json.loads(line) for line in open(f"{name}/bi-lora-seed{seed}/log.jsonl")]
-                   for seed in (0, 1)]
+    logs = {name: [log_of(folder / name / f"bi-lora-seed{seed}") for seed in (0, 1)]
             for name in ("one", "many", "adamw")}
     for name, key in (("one", "sgd, 1"), ("many", "sgd, 500"), ("adamw", "adamw, 1")):
         rows = report["ascents"][key]
@@ -120,8 +120,5 @@ def test_the_noise_of_a_sample_is_not_taken_for_a_gradient_that_lasts(folder, mo
     (["lora", "one/bi-lora-seed0"], "to have the seeds of lora's")])
 def test_wrong_input_is_one_line(folder, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(folder)
-    with pytest.raises(SystemExit) as stopped:
-        ascent.main([*argv, "--device", "cpu", "--out", "nothing"])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1
-    assert message in error and not os.path.exists("nothing")
+    argv = [*argv, "--device", "cpu", "--out", "nothing"]
+    assert message in error_of(capsys, argv, ascent.main) and not os.path.exists("nothing")

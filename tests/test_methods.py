@@ -4,7 +4,6 @@ Oracles: the same command in one process, or without an interruption, bit for bi
 a method's closure tells of it.
 """
 
-import json
 import os
 import runpy
 import sys
@@ -14,6 +13,7 @@ import torch
 
 import train_glue
 from bilora import bilora_step, lora_sam_step
+from test_train_glue import error_of, log_of
 from train_glue import METHODS, Method
 
 HERE = os.path.dirname(os.path.realpath(__file__))
@@ -45,10 +45,6 @@ def folder(tmp_path, monkeypatch, small_demos):
 def adapter(folder):
     (path,) = folder.glob("adapter_model.*")
     return path.read_bytes()
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_method_in_three_lines_works_everywhere(folder, monkeypatch):
@@ -168,14 +164,10 @@ def test_momentum_is_that_of_the_power_rule(folder):
     (["train_glue.py", "--snapshots", "-1"], "--snapshots: '-1', expected int >= 0"),
     (["train.py"], "invalid choice: 'train.py'"), ([], "script")])
 def test_wrong_input_is_one_line(argv, message, capsys, folder):
-    with pytest.raises(SystemExit) as stopped:
-        methods.main(argv)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and message in error
+    assert message in error_of(capsys, argv, methods.main)
     assert not list(folder.iterdir())
 
 
 def test_a_sweep_refuses_an_unknown_method(capsys, folder):
-    with pytest.raises(SystemExit) as stopped:
-        sweep.main(["train_glue.py", "--x", "rho", "1", "--", *RUN, "--method", "mine"])
-    assert stopped.value.code == 2 and "invalid choice: 'mine'" in capsys.readouterr().err
+    argv = ["train_glue.py", "--x", "rho", "1", "--", *RUN, "--method", "mine"]
+    assert "invalid choice: 'mine'" in error_of(capsys, argv, sweep.main)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import train_glue
 from bilora import lora_layers, merge_lora_, primary_parameters
+from test_train_glue import error_of
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import methods  # noqa: E402
@@ -114,9 +115,8 @@ def test_what_was_measured_goes_with_the_run(tmp_path, monkeypatch, capsys):
     for seed, rows in (("0", "4"), ("1", "5")):
         sharpness.main(
             [f"out/lora-seed{seed}", *SMALL, "--rows", rows, "--parts", "c", "--out", "figures"])
-    with pytest.raises(SystemExit) as stopped:
-        sharpness.main(["out", "--cached", "--out", "mixed"])
-    assert stopped.value.code == 2 and "was measured with {'rows'" in capsys.readouterr().err
+    error = error_of(capsys, ["out", "--cached", "--out", "mixed"], sharpness.main)
+    assert "was measured with {'rows'" in error
     assert not os.path.exists("mixed")
     train_glue.main([*RUN, "--method", "lora", "--seeds", "1", "--out", "out", "--overwrite"])
     assert os.path.exists("out/lora-seed0/sharpness.json")
@@ -386,8 +386,5 @@ def test_wrong_input_is_one_line(argv, named, capsys, folder):
     torch.save({}, "foreign/snapshots/step-000006.pt")
     if argv[0] in ("bare", "torn", "foreign"):
         argv = [*argv, "--parts", "d"]
-    with pytest.raises(SystemExit) as stopped:
-        sharpness.main([*argv, "--out", "nothing"])
-    message = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and named in message and "Traceback" not in message
+    assert named in error_of(capsys, [*argv, "--out", "nothing"], sharpness.main)
     assert not os.path.exists("nothing")

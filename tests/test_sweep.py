@@ -18,6 +18,7 @@ import pytest
 
 import train_glue
 import train_gsm8k
+from test_train_glue import error_of
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import sweep  # noqa: E402
@@ -44,14 +45,6 @@ def same(a, b):
     """Are the adapters of two run folders the same, bit for bit?"""
     (name,) = (path.name for path in a.glob("adapter_model.*"))
     return (a / name).read_bytes() == (b / name).read_bytes()
-
-
-def refused(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        sweep.main(argv)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.count("\n") == 1
-    return error
 
 
 def files(folder):
@@ -178,7 +171,8 @@ def test_other_settings_in_the_same_folder(folder, undrawn, capsys):
             "--seeds", "1"]
     sweep.main(argv)
     before = files(folder)
-    assert "rho-0.5/config.json: lr is 0.02, now 0.03" in refused([*argv, "--lr", "0.03"], capsys)
+    assert "rho-0.5/config.json: lr is 0.02, now 0.03" in error_of(
+        capsys, [*argv, "--lr", "0.03"], sweep.main)
     assert files(folder) == before
 
 
@@ -196,14 +190,15 @@ def test_other_settings_in_the_same_folder(folder, undrawn, capsys):
     (["--x", "rho", "1", "--y", "rho", "2"], "different ones"), ([], "--x"),
 ])
 def test_wrong_input_is_one_line_and_exit_code_2(folder, capsys, axes, message):
-    assert message in refused(["train_glue.py", *axes, "--", *RUN, "--method", "bi-lora"], capsys)
+    argv = ["train_glue.py", *axes, "--", *RUN, "--method", "bi-lora"]
+    assert message in error_of(capsys, argv, sweep.main)
     assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("word", ["--out=a", "--ou=a", "--resume=a", "--rsme=a"])
 def test_wrong_input_after_the_dashes(folder, capsys, word):
     argv = ["train_glue.py", "--x", "rho", "1", "--", *RUN, "--method", "lora", word]
-    assert word in refused(argv, capsys)
+    assert word in error_of(capsys, argv, sweep.main)
     assert not list(folder.iterdir())
 
 
