@@ -22,6 +22,7 @@ from test_train_glue import error_of
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import methods  # noqa: E402
+import pictures  # noqa: E402
 import sharpness  # noqa: E402
 
 ALL = ["lora", "lora-sam", "bi-lora", "bi-lora-power"]
@@ -62,7 +63,7 @@ def a_run(method, *options):
     return run, options
 
 
-def test_all_parts_of_all_methods(capsys, monkeypatch, ticks):
+def test_all_parts_of_all_methods(capsys, monkeypatch):
     runs = [*(f"out/{method}-seed0" for method in ALL), "out/lora-sam-seed1"]
     few = [*SMALL, "--ascent-epochs", "1", "--rows", "6", "--iterations", "1", "--steps", "1",
            "--moments", "1", "--batches", "1"]
@@ -80,8 +81,7 @@ def test_all_parts_of_all_methods(capsys, monkeypatch, ticks):
     assert [method for method, runs in measured["d"].items() if "ratio" in runs["0"]] == [
         "lora-sam"]
     seeds = {part: len(runs["lora-sam"]) for part, runs in measured.items() if part != "f"}
-    assert seeds == {
-        "a": 2, "contour": 1, "b": 2, "c": 2, "d": 2, "e": 2, "g": 2}
+    assert seeds == {"a": 2, "contour": 1, "b": 2, "c": 2, "d": 2, "e": 2, "g": 2}
     for name in ("landscapes", "contour", "adversarial", "worst-case", "perturbations", "adversity",
                  "ascent", "gap"):
         assert os.path.getsize(f"figures/demo-{name}.png") > 5000
@@ -105,6 +105,24 @@ def test_all_parts_of_all_methods(capsys, monkeypatch, ticks):
     assert cached == again["demo"] and cached["settings"]["c"]["rows"] == 6
     with pytest.raises(AssertionError):
         sharpness.main([*runs, *few, "--out", "figures", "--seed", "1"])
+
+
+def test_a_picture_with_its_ticks(tmp_path, monkeypatch, ticks):
+    """Those that the picture of part c sets itself: the radii, and the methods' names."""
+    figures = []
+
+    class Noted(pictures.Figure):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            figures.append(self)
+
+    monkeypatch.setattr(pictures, "Figure", Noted)
+    found = {"radii": [0.1, 0.5], "increase": [0.2, 3.0], "eigenvalue": 2.0}
+    runs = {0: {"LoRA": found, "full": found}, 1: {"LoRA": found, "full": found}}
+    pictures.draw_c({"lora": runs, "bi-lora": runs}, str(tmp_path / "c.png"))
+    assert os.listdir(tmp_path) == ["c.png"] and os.path.getsize(tmp_path / "c.png") > 5000
+    labels = [[label.get_text() for label in axis.get_xticklabels()] for axis in figures[0].axes]
+    assert labels == [["0.1", "0.5"], ["lora", "bi-lora"]] * 2
 
 
 def test_what_was_measured_goes_with_the_run(tmp_path, monkeypatch, capsys):
