@@ -240,8 +240,8 @@ def lora_sam_step(optimizer, closure, rho, params=None):
     With all weights of a model it is plain SAM, Eq. (A1-A3).  The weights come back bit for bit."""
     _require_radius(rho)
     params = list(dict.fromkeys(_parameters(optimizer) if params is None else params))
-    _require(params and all(isinstance(p, torch.Tensor) for p in params),
-             f"params is {str(params)[:60]!r}; expected the parameters to perturb")
+    if not params or not all(isinstance(p, torch.Tensor) for p in params):
+        raise ValueError(f"params is {str(params)[:60]!r}; expected the parameters to perturb")
     with torch.random.fork_rng({p.device for p in params if p.is_cuda}):
         loss = _one_pass("LoRA-SAM, pass 1", closure, optimizer, params)    # g = dL/dw at w
     with _perturbed(params, rho):                                           # (4) w + rho g / F

@@ -273,7 +273,7 @@ class Transformer(nn.Module):
                 dense=nn.Linear(D, D), tanh=nn.Tanh(), dropout=self.head_dropout,
                 out_proj=self.classifier))
         for _, module in self.named_modules(remove_duplicate=False):
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)

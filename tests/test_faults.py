@@ -507,3 +507,20 @@ def test_vmap_over_stacked_adapters():
     expected = torch.autograd.grad(torch.stack(alone).square().sum(), list(stacked.values()))
     for name, a, b in zip(stacked, found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_step_writes_no_tensor_as_text(monkeypatch):
+    """It would read every value back from the device, in every step."""
+    model, x = net(), torch.randn(3, 5)
+    layers = add_lora(model, 2, 4, 2)
+    descent, ascent = bilora_optimizers(model, 0.1)
+
+    def written(*args, **more):
+        raise AssertionError("a tensor was written as text")
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", written)
+    monkeypatch.setattr(torch.Tensor, "__format__", written)
+    closure = lambda: backward(model, x)
+    lora_step(descent, closure)
+    lora_sam_step(descent, closure, 0.1, primary_parameters(model))
+    bilora_step(descent, ascent, closure, layers, 0.1)
