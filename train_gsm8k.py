@@ -299,6 +299,7 @@ PAPERS = {"lr": 5e-4, "rho": [0.01, 0.05], "epochs": 2, "batch_size": 32, "micro
 REAL = {**PAPERS, "bf16": True, "max_new_tokens": 512, "eval_batch_size": 16}
 TASKS = {"demo": {"lr": 6e-3, "rho": [0.05, 0.05], "epochs": 5, "batch_size": 8, "limit": 300,
                   "seeds": [0, 1, 2], "model": DEMO, "data": DEMO, "jobs": JOBS,
+                  "out": os.path.join("runs", "gsm8k-demo"),
                   "max_new_tokens": 110, "eval_batch_size": 250},
          "gsm8k": REAL, "metamath": REAL}
 OPTIONS = [

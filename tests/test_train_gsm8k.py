@@ -498,3 +498,16 @@ def test_long_texts_are_searched_in_no_time():
     for part in ("1/", "1.1", "1,111", "-", "1 1 ", "1 ", r"\frac{"):
         extract_answer("#### " + part * 9999)
         extract_answer(part * 9999 + "/", strict=False)
+
+
+def test_no_task_of_one_script_writes_where_one_of_the_other_does():
+    places = [out_of(train_glue, task) for task in train_glue.TASKS]
+    places += [out_of(train_gsm8k, task) for task in train_gsm8k.TASKS]
+    assert len(set(places)) == len(places)
+
+
+def out_of(script, task):
+    """The default of --out."""
+    settings = script.SETTINGS if script is train_glue else script.TASKS
+    words = ["--task", task, "--model", "m"]
+    return train_glue.parse_arguments(words, "", settings, [])[0].out
