@@ -100,7 +100,8 @@ def _require_ranks(name, linear, rank, aux_rank):
     shape = tuple(linear.weight.shape)
     for what, value, least in (("rank", rank, 1), ("aux_rank", aux_rank, 0)):
         fits = isinstance(value, int) and least <= value <= min(shape)
-        _require(fits, f"{what} is {value}; {name}, {shape}, takes {least} to {min(shape)}")
+        _require(fits, f"{what} is {value}; layer {name} of shape {shape} takes {least} to "
+                 f"{min(shape)}")
 
 def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     """Put a LoRALinear in place of each targeted nn.Linear, freeze all else, return the new layers.

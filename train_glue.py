@@ -21,8 +21,10 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from functools import partial
@@ -139,7 +141,7 @@ def prepare(args, method, seed, build, folder, steps):
 def radius_of(args, method):
     """The method's own radius, or one of --rho: the last one with an auxiliary pair."""
     _, auxiliary, own = METHODS[method]
-    if own is not None and args.rho == args.defaults["rho"]:
+    if own is not None and args.rho is args.defaults["rho"]:  # the very object: none was given
         return own
     return args.rho[-1 if auxiliary else 0]
 
@@ -540,6 +542,7 @@ def finish_run(run, closure=None, files=()):
               "parameters": {name: sum(p.numel() for p in group) for name, group in groups.items()},
               "metrics": log[-1]["scores"] | {f"best_{name}": best[name] for name in names} | rise,
               "predicted": log[-1].get("predicted"), "best_epoch": best["epoch"], "epochs": epochs,
+              "rho": run.rho,
               "clipped_fraction": statistics.fmean(row.get("clipped", 0.0) for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log),
               "peak_memory_bytes": memory}
@@ -587,6 +590,8 @@ def compare(args, fail, load, train):
         fail(str(error))
     except FloatingPointError as error:
         raise SystemExit(f"error: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; --resume goes on from the last state of --save-every")
     print_table(report)
     print(f"Table: {os.path.join(args.out, 'metrics.json')}; picture: "
           f"{os.path.join(args.out, 'curves.png')}; adapters: in a folder of each run beside them")
@@ -611,19 +616,21 @@ def begin(args, files, folders):
     others = ("method", "seeds", "out", "resume", "overwrite", "save_every", "jobs", "defaults")
     config = {name: value for name, value in vars(args).items() if name not in others}
     config["files"] = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
-    done = {}
+    done, begun_before = {}, 0
     for key, folder in {None: args.out, **folders}.items():
-        path, metrics = (os.path.join(folder, name) for name in ("config.json", "metrics.json"))
+        path, metrics, state = (os.path.join(folder, name)
+                                for name in ("config.json", "metrics.json", "state.pt"))
         if args.overwrite or not os.path.exists(path):
             continue
+        begun_before += key is not None and os.path.exists(state)
         begun = {**args.defaults, **read_json(path)}  # an option that is newer than the run
         for name, value in config.items():
             require(begun.get(name) == value, f"{path}: {name} is {begun.get(name)!r}, now "
                     f"{value!r}; expected the same, another --out, or --overwrite")
         if key and os.path.exists(metrics):
             done[key] = read_json(metrics)
-    require(not done or args.resume, f"{args.out}: {len(done)} of these runs are finished; "
-            "--resume takes them as they are, --overwrite trains them anew")
+    require(args.resume or not done and not begun_before, f"{args.out}: {len(done)} of these runs "
+            f"are finished, {begun_before} begun; --resume goes on, --overwrite trains them anew")
     for (seed, method), folder in folders.items():
         if args.overwrite:
             shutil.rmtree(folder, ignore_errors=True)
@@ -655,6 +662,12 @@ def run_all(args, load, train, data, folders, progress):
 WORKER = {}  # of a process: what it has read, and how it reports a step
 
 def start_worker(load, args, queue):
+    def follow():  # a process whose parent was killed ends too
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback of its own
     queue.cancel_join_thread()  # a process may end with steps that nobody has read
     torch.set_num_threads(1)  # two beside another busy process are far slower than one
     WORKER.update(data=load(args), progress=queue.put)
@@ -703,22 +716,26 @@ def print_table(report):
         error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.3f}"
         return f"{entry['mean']:.3f}{error}"
 
-    summary, results, first = report["summary"], report["results"], report["baseline"]
-    for name in [name for name in results[0]["metrics"] if f"best_{name}" in results[0]["metrics"]]:
-        print(f"\n| {name} | last epoch | minus {first}'s | best epoch | rise | s/step |\n"
-              "|---|---|---|---|---|---|")
+    summary, results, names = report["summary"], report["results"], report["results"][0]["metrics"]
+    rise = ["rise"] if "rise" in names else []
+    for name in [name for name in names if f"best_{name}" in names]:
+        head = [name, "last epoch", f"minus {report['baseline']}'s", "best epoch", *rise, "s/step"]
+        print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
         if name in report["majority"]:
-            print(f"| majority class | {report['majority'][name]:.3f} | | | | |")
+            empty = "| " * (len(head) - 2)
+            print(f"| majority class | {report['majority'][name]:.3f} {empty}|")
         for method, entries in summary.items():
             seconds = [run["step_seconds"] for run in results if run["method"] == method]
             cells = [entries[name], report["difference"].get(method, {}).get(name),
-                     entries["best_" + name], entries.get("rise")]
+                     *(entries[key] for key in ("best_" + name, *rise))]
             median = f"{statistics.median(seconds):.3f}"
             print("| " + " | ".join([method, *map(cell, cells), median]) + " |")
     seeds = sorted({run["seed"] for run in results})
     print(f"\nMean ± standard error; seeds {', '.join(map(str, seeds))}; differences are paired by "
-          "seed; the best epoch is chosen on the set it is reported on.\nrise: of the training "
-          "loss from W to W + 0.05 G / ||G||, over all adapted layers, on fixed rows.")
+          "seed; the best epoch is chosen on the set it is reported on.")
+    if rise:
+        print("rise: of the training loss from W to W + 0.05 G / ||G||, over all adapted layers, on "
+              "fixed rows.")
     for run in results:
         for name, counts in (run["predicted"] or {}).items():
             if max(counts) == sum(counts):

@@ -4,7 +4,7 @@
     python notes/methods.py train_gsm8k.py --method bi-lora-power --momentum 0.9
     python notes/methods.py train_glue.py --snapshots 21        # the paper's three, with snapshots
 
-The first word is the script; what follows are its options and those that stand below.
+The first word is the script; what follows are its options, --momentum and --snapshots.
 
 A method is one function and one line.  The function takes one training step and returns what the
 log keeps of it; "loss" is one of these.
@@ -345,6 +345,8 @@ def head_sam(run, closure, relative=False):
     rho = run.rho
     if relative:
         head = getattr(run.model.classifier, "out_proj", run.model.classifier)
+        if head is None:
+            raise ValueError("head-sam-relative needs a model with a classifier; head-sam does not")
         rho = rho * head.weight.detach().norm()
     change = partial(head_logits, rho=rho, bias=has_bias(run.model))
     return {"loss": lora_step(run.descent, with_logits(change, closure)), "perturbation": rho}

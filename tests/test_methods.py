@@ -110,7 +110,7 @@ def test_what_a_method_keeps_is_saved_with_the_run(folder, monkeypatch):
         return backward(*args)
 
     monkeypatch.setattr(train_glue, "forward_backward", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="interrupted"):
         methods.main([*argv, "--out", "parts"])
     methods.main([*argv, "--out", "parts", "--resume"])
     whole, parts = folder / "whole/growing-seed0", folder / "parts/growing-seed0"

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import statistics
+import threading
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from types import SimpleNamespace
@@ -658,11 +659,41 @@ def test_a_finished_run_is_deleted_only_when_asked(glue_folder, capsys):
     assert "--resume keeps finished runs, --overwrite deletes them" in error
     assert log.read_text() == "kept"
     error = error_of(capsys, [*ONE, "--seeds", "1", "0", "--out", "out"])
-    assert "out: 1 of these runs are finished" in error
+    assert "out: 1 of these runs are finished, 0 begun" in error
     assert "--resume" in error and "--overwrite" in error
     assert log.read_text() == "kept" and not (glue_folder / "out/lora-seed1").exists()
     main([*ONE, "--out", "out", "--overwrite", "--lr", "0.01"])
     assert log_of(log.parent)[0]["lr"] == 0.01
+
+def test_an_interrupted_run_is_not_begun_anew_unasked(glue_folder, capsys, monkeypatch):
+    """Its state is all that is left of it."""
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    run = [*ONE, "--save-every", "1", "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_glue, "predict", interrupted)
+        with pytest.raises(SystemExit, match="^interrupted; --resume goes on"):
+            main(run)
+    state = glue_folder / "out/lora-seed0/state.pt"
+    before = state.read_bytes()
+    assert "out: 0 of these runs are finished, 1 begun" in error_of(capsys, run)
+    assert state.read_bytes() == before
+    main([*run, "--overwrite"])
+    assert not state.exists()
+
+def test_a_process_ends_with_its_parent(monkeypatch):
+    """Whose runs would go on, and collide with those of --resume."""
+    ended, signals = threading.Event(), []
+    parent = SimpleNamespace(join=lambda: None)
+    monkeypatch.setattr(train_glue.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(train_glue.os, "_exit", lambda code: ended.set())
+    monkeypatch.setattr(train_glue.signal, "signal", lambda *what: signals.append(what))
+    monkeypatch.setattr(train_glue, "WORKER", {})
+    queue = SimpleNamespace(cancel_join_thread=lambda: None, put=print)
+    train_glue.start_worker(lambda args: "data", None, queue)
+    assert ended.wait(5) and signals == [(signal.SIGINT, signal.SIG_DFL)]
+    assert train_glue.WORKER == {"data": "data", "progress": print}
 
 def test_an_option_that_is_newer_than_a_run_has_its_default(glue_folder, capsys):
     report = main([*ONE, "--out", "out"])
@@ -692,7 +723,7 @@ def test_a_run_goes_on_with_its_own_settings(glue_folder, capsys, monkeypatch, c
         raise KeyboardInterrupt
 
     run = [*ONE, "--save-every", "1"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
         patch.setattr(train_glue, "predict", interrupted)
         main([*run, "--out", "out"])
     if isinstance(change, str):
