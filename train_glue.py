@@ -734,8 +734,8 @@ def print_table(report):
     print(f"\nMean ± standard error; seeds {', '.join(map(str, seeds))}; differences are paired by "
           "seed; the best epoch is chosen on the set it is reported on.")
     if rise:
-        print("rise: of the training loss from W to W + 0.05 G / ||G||, over all adapted layers, on "
-              "fixed rows.")
+        print("rise: of the training loss from W to W + 0.05 G / ||G||, over all adapted layers, "
+              "on fixed rows.")
     for run in results:
         for name, counts in (run["predicted"] or {}).items():
             if max(counts) == sum(counts):
