@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         _require(isinstance(linear, nn.Linear), f"linear is {linear}; expected an nn.Linear")
         _require_plain("linear", linear)
-        _require_ranks("linear", linear, rank, aux_rank)
+        _require_ranks("linear", linear, rank, aux_rank, alpha)
         self.out_features, self.in_features = linear.weight.shape
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
@@ -96,10 +96,12 @@ class LoRALinear(nn.Module):
         with torch.autocast(B.device.type, enabled=False):
             return self.scale * B @ A
 
-def _require_ranks(name, linear, rank, aux_rank):
+def _require_ranks(name, linear, rank, aux_rank, alpha):
+    good = isinstance(alpha, (int, float)) and 0 < alpha < math.inf
+    _require(good, f"alpha is {alpha!r}; expected a number above 0")
     shape = tuple(linear.weight.shape)
     for what, value, least in (("rank", rank, 1), ("aux_rank", aux_rank, 0)):
-        fits = isinstance(value, int) and least <= value <= min(shape)
+        fits = type(value) is int and least <= value <= min(shape)
         _require(fits, f"{what} is {value}; layer {name} of shape {shape} takes {least} to "
                  f"{min(shape)}")
 
@@ -116,7 +118,7 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
     for name, linear in chosen.items():
         _require_plain(name, linear)
         _require_read_by_itself(model, name, linear)
-        _require_ranks(name, linear, rank, aux_rank)
+        _require_ranks(name, linear, rank, aux_rank, alpha)
     adapted = {linear: LoRALinear(linear, rank, alpha) for linear in chosen.values()}
     for layer in adapted.values():
         layer.aux_A, layer.aux_B = layer._new_pair(aux_rank)  # aux_rank changes no primary pair
@@ -147,8 +149,10 @@ def _require_plain(name, linear):
     the weight has no values that gradients can pass."""
     lost = {*linear._parameters, *linear._buffers, *linear._modules} ^ {"weight", "bias"}
     lost |= {key for key, value in vars(linear).items() if key.endswith("_hooks") and value}
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        lost.add(f"the forward of {type(linear).__name__}")
+    kind, plain = type(linear), nn.Linear
+    own = kind.forward is not plain.forward or kind.__call__ is not plain.__call__
+    if own or "forward" in vars(linear):
+        lost.add(f"the forward of {kind.__name__}")
     _require(not lost, f"{name} cannot be adapted: an adapter would lose {', '.join(sorted(lost))}")
     W = linear.weight
     whole = type(W) is nn.Parameter and W.is_floating_point() and not W.is_meta
@@ -427,14 +431,20 @@ def load_adapter(model, folder, rename=None, read=None):
 def _adapter(model, rename):
     """({name in the file: parameter}, what adapter_config.json says, the base's fingerprint)."""
     slots, layers, heads, others = {}, {}, [], []
-    while isinstance(model, WRAPPERS):
-        model = model.module
+    while isinstance(model, WRAPPERS) or "_orig_mod" in model._modules:
+        model = model._modules.get("_orig_mod") or model.module
+    twice = [name for name, module in model.named_modules(remove_duplicate=False)
+             if isinstance(module, LoRALinear)]
+    _require(len(twice) == len(lora_layers(model)), f"one layer has two names, among {twice}; PEFT "
+             "would adapt one of them")
     for name, module in model.named_modules():
         name = WRAPPED.sub("", name).lstrip(".")
         if rename is not None:
             name = rename(name) if callable(rename) else rename.get(name, name)
         kept = {last: p for last, p in module.named_parameters(recurse=False) if p.requires_grad}
         if isinstance(module, LoRALinear):
+            _require(not kept.keys() & {"weight", "bias"}, f"{name}: its W0 or bias is trained, "
+                     "which an adapter cannot keep")
             kept = {"lora_A.weight": module.lora_A, "lora_B.weight": module.lora_B}
             layers[name] = module
         elif name:
@@ -453,6 +463,8 @@ def _settings(layers, heads, others):
     sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
     _require(len(sizes) == 1, f"layers with several (rank, alpha): {sizes}; a file has one")
     (rank, alpha), targets = *sizes, sorted(layers)
+    scales = {layer.scale for layer in layers.values()}
+    _require(scales == {alpha / rank}, f"scales are {scales}; a file has alpha / rank alone")
     for name in [*layers, *others]:
         for head in heads:  # PEFT takes what ends in its name, and adapts no layer inside it
             taken = name.endswith(head) or name in layers and f".{head}." in f".{name}"

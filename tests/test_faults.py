@@ -34,6 +34,11 @@ class Half(nn.Linear):
         return nn.Linear.forward(self, x) / 2
 
 
+class Called(nn.Linear):
+    def __call__(self, x):
+        return nn.Linear.__call__(self, x) / 2
+
+
 class Gain(nn.Linear):
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -90,6 +95,7 @@ def in_inference_mode():
     (lambda: with_layer(nn.utils.spectral_norm(nn.Linear(5, 4))), "lose .*weight_orig"),
     (pruned, "lose .*weight_mask, weight_orig"), (plain_tensor, "lose weight"),
     (lambda: with_layer(Half(5, 4)), "lose the forward of Half"), (own_forward, "lose the forward"),
+    (lambda: with_layer(Called(5, 4)), "lose the forward of Called"),
     (lambda: with_layer(Gain(5, 4)), "lose gain"),
     (lambda: hooked("register_forward_hook", lambda *a: None), "lose _forward_hooks"),
     (lambda: hooked("register_forward_pre_hook", lambda *a: None), "lose _forward_pre_hooks"),
@@ -176,6 +182,26 @@ def test_targets_of_another_kind(targets):
     with pytest.raises(ValueError, match="targets.* expected a regular expression or name endings"):
         add_lora(model, 2, 4, targets=targets)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("alpha", [0, -1, None, "16", float("nan"), float("inf")])
+def test_alpha_of_another_kind(alpha):
+    model = net()
+    with pytest.raises(ValueError, match="alpha is .*; expected a number above 0"):
+        add_lora(model, 2, alpha)
+    assert all(p.requires_grad for p in model.parameters()) and type(model[0]) is nn.Linear
+
+
+def test_a_bool_is_no_rank():
+    with pytest.raises(ValueError, match="rank is True"):
+        add_lora(net(), True, 4)
+
+
+def test_a_name_ending_is_no_pattern():
+    """The point of "a.q" is a point."""
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(4, 4)}), "a_q": nn.Linear(4, 4)})
+    assert add_lora(model, 2, 4, targets=["a.q"]) == [model["a"]["q"]]
+    assert type(model["a_q"]) is nn.Linear
 
 
 def test_params_of_another_kind():
@@ -349,6 +375,7 @@ def inner_compiled(model):
 
 @pytest.mark.parametrize("wrap", [
     torch.compile, nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m)), inner_compiled,
+    lambda m: torch.compile(nn.DataParallel(m)),
     torch.optim.swa_utils.AveragedModel])
 def test_a_wrapper_leaves_no_trace_in_the_file(tmp_path, wrap):
     model = trained(net())
@@ -432,7 +459,10 @@ def test_names_that_end_alike_are_written_exactly(tmp_path):
     ("head of another's end", "outlook: PEFT would take it for a part of the head look"),
     ("layer that ends like a head", "a.look: PEFT would take it"),
     ("layer inside a head", "body.q: PEFT would take it for a part of the head body"),
-    ("two ranks", "several .rank, alpha.*a file has one"), ("two scales", "several .rank, alpha")])
+    ("two ranks", "several .rank, alpha.*a file has one"), ("two scales", "several .rank, alpha"),
+    ("a scale of its own", "scales are .5.0.; a file has alpha / rank"),
+    ("a trained bias", "q: its W0 or bias is trained"),
+    ("two names", "one layer has two names, among .'q', 'again'")])
 def test_what_peft_would_read_otherwise_is_refused(tmp_path, kind, message):
     linear = lambda: nn.Linear(4, 4)
     model = nn.ModuleDict({"q": linear(), "look": linear(), "outlook": linear(),
@@ -451,6 +481,12 @@ def test_what_peft_would_read_otherwise_is_refused(tmp_path, kind, message):
         model["body"] = LoRALinear(linear(), 3, 6)
     elif kind == "two scales":
         model["body"] = LoRALinear(linear(), 2, 8)
+    elif kind == "a scale of its own":
+        layer.scale = 5.0
+    elif kind == "a trained bias":
+        layer.bias.requires_grad_(True)
+    elif kind == "two names":
+        model["again"] = layer
     elif kind == "layer inside a head":
         model["body"].gate.requires_grad_(True)
     else:
