@@ -15,6 +15,7 @@ seed.
 
 import argparse
 import contextlib
+import glob
 import json
 import math
 import multiprocessing
@@ -199,7 +200,9 @@ def build_model(data):
     """The pretrained model.  An encoder's head is the checkpoint's only if config.json's id2label
     names the task's classes in their order, case aside; LABEL_0, LABEL_1, ... name no classes."""
     classes = None if data.answers else len(data.names)
-    return Transformer.from_pretrained(data.source, num_labels=classes, new_head=data.new_head)
+    model = Transformer.from_pretrained(data.source, num_labels=classes, new_head=data.new_head)
+    model.config.labels = data.names  # what save_pretrained writes
+    return model
 
 def pad_rows(rows, fill, device):
     """(B, L) int64, each row filled up on the right to the longest."""
@@ -576,15 +579,17 @@ def compare(args, fail, load, train):
     try:
         data = load(args)
         require_ranks_that_fit(args, data.source)
-        results = begin(args, data.files, folders)  # those that are finished
+        results = begin(args, data.files, folders)  # of all that are finished in --out
         rows = min(args.limit or len(data.rows), len(data.rows))
-        print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(folders)} runs in "
-                         f"{args.out}, {len(results)} of them finished before"]))
         todo = {key: folder for key, folder in folders.items() if key not in results}
+        print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(todo)} runs to train "
+                         f"in {args.out}, {len(results)} are finished"]))
         steps = len(todo) * args.epochs * math.ceil(rows / args.batch_size)
         with tqdm(total=steps, desc="all runs", unit="step", disable=None) as bar:
             results |= dict(run_all(args, load, train, data, todo, bar.update))
-        report = write_report(args, [results[key] for key in folders], data.majority)
+        order = list(METHODS)
+        keys = sorted(results, key=lambda key: (key[0], order.index(key[1])))
+        report = write_report(args, [results[key] for key in keys], data.majority)
         draw_curves(report["results"], os.path.join(args.out, "curves.png"), data.majority)
     except (ValueError, OSError, BrokenExecutor) as error:
         fail(str(error))
@@ -609,35 +614,41 @@ def require_ranks_that_fit(args, source):
             raise ValueError(f"{name} is {rank}; the model's layers take at most {most}")
 
 def begin(args, files, folders):
-    """{key: result} of the runs that are finished; makes the folders of the others.
+    """{(seed, method): result} of all runs in --out that are finished; makes the folders of those
+    that are asked for and are not.
 
-    ValueError, before anything has changed, for an --out with other settings, and for a finished
-    run that neither --resume nor --overwrite asks for."""
+    ValueError, before anything has changed, for an --out with other settings, and for a run,
+    finished or begun, that neither --resume nor --overwrite asks for."""
     others = ("method", "seeds", "out", "resume", "overwrite", "save_every", "jobs", "defaults")
     config = {name: value for name, value in vars(args).items() if name not in others}
     config["files"] = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
-    done, begun_before = {}, 0
-    for key, folder in {None: args.out, **folders}.items():
-        path, metrics, state = (os.path.join(folder, name)
-                                for name in ("config.json", "metrics.json", "state.pt"))
-        if args.overwrite or not os.path.exists(path):
+    done, begun = {}, 0
+    own = [os.path.join(folder, "config.json") for folder in (args.out, *folders.values())]
+    runs = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "config.json")))
+    for path in [own[0], *runs]:
+        if not os.path.exists(path) or args.overwrite and path in own:
             continue
-        begun_before += key is not None and os.path.exists(state)
-        begun = {**args.defaults, **read_json(path)}  # an option that is newer than the run
+        old, folder = read_json(path), os.path.dirname(path)
+        if path != own[0] and old.get("method") not in METHODS:
+            continue  # no run, or one of a method that this command does not know
         for name, value in config.items():
-            require(begun.get(name) == value, f"{path}: {name} is {begun.get(name)!r}, now "
-                    f"{value!r}; expected the same, another --out, or --overwrite")
-        if key and os.path.exists(metrics):
-            done[key] = read_json(metrics)
-    require(args.resume or not done and not begun_before, f"{args.out}: {len(done)} of these runs "
-            f"are finished, {begun_before} begun; --resume goes on, --overwrite trains them anew")
+            found = old.get(name, args.defaults.get(name))  # an option that is newer than the run
+            require(found == value, f"{path}: {name} is {found!r}, now {value!r}; expected the "
+                    "same, another --out, or --overwrite of all runs in it")
+        if path != own[0] and os.path.exists(os.path.join(folder, "metrics.json")):
+            done[old["seed"], old["method"]] = read_json(os.path.join(folder, "metrics.json"))
+        elif path in own[1:]:
+            begun += os.path.exists(os.path.join(folder, "state.pt"))
+    asked = len(done.keys() & folders.keys())
+    require(args.resume or not asked and not begun, f"{args.out}: {asked} of these runs are "
+            f"finished, {begun} begun; --resume goes on, --overwrite trains them anew")
     for (seed, method), folder in folders.items():
         if args.overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder, exist_ok=True)
-        own = {"method": method, "seed": seed, **config}
-        write_text(os.path.join(folder, "config.json"), json.dumps(own, indent=2))
-    write_text(os.path.join(args.out, "config.json"), json.dumps(config, indent=2))
+        settings = {"method": method, "seed": seed, **config}
+        write_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2))
+    write_text(own[0], json.dumps(config, indent=2))
     return done
 
 def run_all(args, load, train, data, folders, progress):

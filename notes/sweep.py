@@ -118,7 +118,7 @@ def run(script, axes, out, cells):
         own = {(seed, method): folder_of(cell, method, seed)
                for method in args.method for seed in args.seeds}
         done = begin(cell.args, data.files, own)
-        results |= {own[key]: result for key, result in done.items()}
+        results |= {own[key]: result for key, result in done.items() if key in own}
         left = {(*key, number): folder for key, folder in own.items() if key not in done}
         todo |= left
         settings |= dict.fromkeys(left.values(), cell.args)

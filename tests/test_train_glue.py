@@ -706,11 +706,37 @@ def test_an_option_that_is_newer_than_a_run_has_its_default(glue_folder, capsys)
     assert main([*ONE, "--out", "out", "--resume"])["results"] == report["results"]
 
 def test_runs_of_two_settings_do_not_mix(glue_folder, capsys):
-    """--overwrite of one method leaves the other one's run, which is not of these settings then."""
-    main([*ONE, "--method", "lora", "bi-lora", "--out", "out"])
-    main([*ONE, "--out", "out", "--overwrite", "--lr", "0.01"])
-    both = [*ONE, "--method", "lora", "bi-lora", "--out", "out", "--resume", "--lr", "0.01"]
-    assert "out/bi-lora-seed0/config.json: lr is 0.0005, now 0.01" in error_of(capsys, both)
+    """One method cannot be trained anew with other settings: the other one's run would stay."""
+    both = ["--method", "lora", "bi-lora", "--out", "out"]
+    main([*ONE, *both])
+    before = {path: path.read_bytes() for path in (glue_folder / "out").rglob("*.*")}
+    other = ["--out", "out", "--overwrite", "--lr", "0.01"]
+    message = "out/bi-lora-seed0/config.json: lr is 0.0005, now 0.01"
+    assert message in error_of(capsys, [*ONE, *other])
+    assert before == {path: path.read_bytes() for path in (glue_folder / "out").rglob("*.*")}
+    main([*ONE, *both, "--overwrite", "--lr", "0.01"])
+    assert json.loads((glue_folder / "out/config.json").read_text())["lr"] == 0.01
+
+def test_the_report_is_over_all_runs_in_the_folder(glue_folder):
+    """Whatever the last command asked for; what is no run is not read."""
+    shutil.copytree("bert", "out/bert")
+    main([*RUN, "--method", "bi-lora", "--seeds", "1", "--epochs", "1", "--out", "out"])
+    main([*RUN, "--method", "lora", "--seeds", "1", "0", "--epochs", "1", "--out", "out"])
+    report = json.loads((glue_folder / "out/metrics.json").read_text())
+    assert [(run["seed"], run["method"]) for run in report["results"]] == [
+        (0, "lora"), (1, "lora"), (1, "bi-lora")]
+    assert report["difference"]["bi-lora"]["accuracy"]["n"] == 1
+
+def test_overwriting_leaves_nothing_of_the_old_run(glue_folder, monkeypatch):
+    """A run that is overwritten and then interrupted does not look finished."""
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    main([*ONE, "--out", "out"])
+    monkeypatch.setattr(train_glue, "predict", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        main([*ONE, "--out", "out", "--overwrite"])
+    assert os.listdir(glue_folder / "out/lora-seed0") == ["config.json"]
 
 @pytest.mark.parametrize("change, message", [
     (["--lr", "0.01"], "out/config.json: lr is 0.0005, now 0.01; expected the same, another --out"),
