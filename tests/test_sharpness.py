@@ -136,7 +136,8 @@ def test_what_was_measured_goes_with_the_run(tmp_path, monkeypatch, capsys):
     error = error_of(capsys, ["out", "--cached", "--out", "mixed"], sharpness.main)
     assert "was measured with {'rows'" in error
     assert not os.path.exists("mixed")
-    train_glue.main([*RUN, "--method", "lora", "--seeds", "1", "--out", "out", "--overwrite"])
+    train_glue.main([*RUN, "--method", "lora", "--seeds", "1", "--out", "out", "--overwrite",
+                     "--snapshots", "4", "--lr", "0.01", "--aux-lr", "0.01"])
     assert os.path.exists("out/lora-seed0/sharpness.json")
     assert not os.path.exists("out/lora-seed1/sharpness.json")
 
