@@ -124,9 +124,11 @@ MINUS = r"(?<![\w)\]])(?<![0-9][%$€£¥])(?<![0-9)\]%] )-"
 NUMBER = (rf"[$€£¥]?(?:{MINUS})?[$€£¥]?(?:(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9])|[0-9]+)"
           r"(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)(?:[%€£¥]|\$(?![0-9]))?")
 # What a number goes on with, if it is none: a fraction, a date, a time or ratio, a power.
-FRACTION = rf" ?/ ?{NUMBER}| [0-9]+ ?/ ?[0-9]+|[\u00bc-\u00be\u2150-\u215e]"
-LONGER = rf"{FRACTION}|(?:-[0-9]{{2}}){{2}}(?![0-9])|[:.^]-?[0-9]+|[eE][+-]?[0-9]+"
-QUANTITY = rf"(?:[/^] ?)?{NUMBER}(?:{LONGER})*|{FRACTION}|\\[dt]?frac *{{[^{{}}]*}} *{{[^{{}}]*}}"
+FRACTION = rf" ?/ ?{NUMBER}| [0-9]+ ?/ ?[0-9]+| ?[\u00bc-\u00be\u2150-\u215e]"
+LONGER = (rf"{FRACTION}|(?:-[0-9]{{2}}){{2}}(?![0-9])|(?:[:.]|(?:\^|\*\*)[{{(]?)-?[0-9]+[)}}]?"
+          r"|[eE][+-]?[0-9]+|(?:,[0-9]{2})+,[0-9]{3}")
+QUANTITY = (rf"(?:[/^] ?)?{NUMBER}(?:{LONGER})*|{FRACTION}"
+            r"|\\[dt]?frac(?: *{[^{}]*} *{[^{}]*}|[0-9]{2})")
 
 def extract_answer(text, strict=True):
     """The number a solution ends with, as text without commas and currency sign, or None.
@@ -134,7 +136,8 @@ def extract_answer(text, strict=True):
     strict: the number right after ####, as GSM8K writes it.  Otherwise the last number in the text.
     Where a fraction, a date, a time, a ratio or a power stands in its place, the answer is None.
     """
-    text = text.replace("\N{MINUS SIGN}", "-")
+    text = text.replace("\N{MINUS SIGN}", "-").replace("\N{FRACTION SLASH}", "/")
+    text = text.replace(r"\$", "$")
     found = re.findall(rf"####[\s*]*({QUANTITY})" if strict else QUANTITY, text)
     if not found or not re.fullmatch(NUMBER, found[0 if strict else -1]):
         return None

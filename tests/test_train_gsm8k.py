@@ -488,7 +488,10 @@ def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
     ("It is 5.", None, "5"), ("wait...6", None, "6"), ("One.2 more", None, "2"),
     ("$.50", None, ".50"), ("5.5 or 6.25.", None, "6.25"), ("#### 5kg", "5", "5"),
     ("2021", None, "2021"), ("10-20", None, "20"), ("Total:5", None, "5"), ("1,234,56", None, "56"),
-    ("12345,678", None, "678")])
+    ("12345,678", None, "678"), ("1,00,000", None, None), ("#### 1,00,000", None, None),
+    ("2^{10}", None, None), ("#### 10^{-2}", None, None), ("2**10", None, None),
+    ("**5**", None, "5"), (r"\dfrac12", None, None), ("1\u20442", None, None),
+    (r"-\$5", None, "-5"), ("#### 5 \u00bd", None, None)])
 def test_where_a_number_ends_and_begins(text, strict, flexible):
     """A fraction, a date, a time, a ratio or a power is no number, nor is a part of one."""
     assert (extract_answer(text), extract_answer(text, strict=False)) == (strict, flexible)
