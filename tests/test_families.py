@@ -332,6 +332,7 @@ NULLS = dict.fromkeys(("num_decoder_layers", "feed_forward_proj", "relative_atte
                 "rope_scaling": {**OLD_ROPE, "rope_type": "llama3"}}),
     ("llama2", {"rope_parameters": None, "rope_theta": 10000.0, "pretraining_tp": 1,
                 "pad_token_id": -1, "head_dim": None}),
+    ("llama2", {"pad_token_id": 40}),  # one more than there are tokens
     ("qwen2", {"rope_parameters": None, "rope_theta": 1e4, "use_sliding_window": False,
                "sliding_window": 131072,
                "max_window_layers": 28, "layer_types": None}),
@@ -699,6 +700,12 @@ def test_generation_ends_where_generation_config_says(tmp_path):
         (source / "generation_config.json").write_text(bad)
         with pytest.raises(ValueError, match="generation_config.json: .*" + message):
             read_config(source)
+
+
+def test_the_names_of_classes_are_in_the_order_of_numbers(tmp_path):
+    names = {str(i): f"class {i}" for i in (10, 2, 1, 0, 3, 4, 5, 6, 7, 8, 9)}
+    source = edited(tmp_path, "bert", {"id2label": names})
+    assert read_config(source)[0].labels == [f"class {i}" for i in range(11)]
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])

@@ -565,7 +565,9 @@ def test_two_development_sets(glue_folder, capsys):
     for name, label in sets:
         rows = f"a b\tc\t{label}\n" * 8
         write(glue_folder / "data" / f"{name}.tsv", "sentence1\tsentence2\tgold_label\n" + rows)
-    (run,) = main([*ONE, "--task", "mnli", "--lr", "0.05", "--out", "out"])["results"]
+    report = main([*ONE, "--task", "mnli", "--lr", "0.05", "--out", "out"])
+    assert report["majority"] == {"accuracy_matched": 0, "accuracy_mismatched": 1}
+    (run,) = report["results"]
     assert run["metrics"].keys() - {"rise"} == {
         f"{best}accuracy_{name}" for best in ("", "best_") for name in ("matched", "mismatched")}
     assert run["metrics"]["accuracy_matched"] == 0 and run["metrics"]["accuracy_mismatched"] == 1
