@@ -415,8 +415,9 @@ def save_adapter(model, folder, rename=None, write=None):
 def load_adapter(model, folder, rename=None, read=None):
     """Copy a saved adapter's values into a model that add_lora has prepared in the same way.
     read: function from the path of adapter_model.safetensors to {name: tensor}.  rename: as above.
-    Raises ValueError, and copies nothing, for another setting, another base (PEFT's folders name
-    none), a tensor that is missing, unexpected or misshapen, and two adapter files."""
+    Raises ValueError, and copies nothing, for another setting, another base under the adapted
+    layers (PEFT's folders name none), a tensor that is missing, unexpected or misshapen, and two
+    adapter files."""
     slots, settings, fingerprint = _adapter(model, rename)
     base = Path(folder, FINGERPRINT)
     _require_settings(Path(folder, CONFIG), settings)

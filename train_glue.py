@@ -568,12 +568,13 @@ def peak_memory(device):
 
 
 # ------------------------------------------------------------------------------- all runs together
-def compare(args, fail, load, train):
+def compare(args, fail, load, train, show=None):
     """Train every method with every seed, --jobs at a time; write metrics.json and curves.png over
     all, print the table.  Returns what is in metrics.json.
 
     load(args) reads what the runs share; train(args, method, seed, data, folder, progress) trains
-    one.  What goes wrong ends in fail(message); nothing is written before all input is checked."""
+    one; show(args, report) prints what else there is.  What goes wrong ends in fail(message);
+    nothing is written before all input is checked."""
     folders = {(seed, method): os.path.join(args.out, f"{method}-seed{seed}")
                for seed in args.seeds for method in args.method}
     try:
@@ -598,6 +599,8 @@ def compare(args, fail, load, train):
     except KeyboardInterrupt:
         raise SystemExit("interrupted; --resume goes on from the last state of --save-every")
     print_table(report)
+    if show:
+        show(args, report)
     print(f"Table: {os.path.join(args.out, 'metrics.json')}; picture: "
           f"{os.path.join(args.out, 'curves.png')}; adapters: in a folder of each run beside them")
     return report

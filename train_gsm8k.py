@@ -311,9 +311,7 @@ OPTIONS = [
     ("task", "eval-batch-size", int, 16, "prompts at a time"),
     ("task", "max-new-tokens", int, 512, "generated for a prompt")]
 
-def main(argv=None):
-    args, fail = parse_arguments(argv, __doc__, TASKS, OPTIONS)
-    report = compare(args, fail, load, train)
+def show_generations(args, report):
     print("\nA few generations:")
     for run in report["results"][:len(args.method)]:
         path = os.path.join(args.out, f"{run['method']}-seed{run['seed']}", "predictions.jsonl")
@@ -321,7 +319,11 @@ def main(argv=None):
             row = json.loads(file.readline())
         print(f"\n{run['method']}, seed {run['seed']}; expected {row['gold']}\n{row['prompt']}"
               f"{row['generated']}")
-    return report
+    print()
+
+def main(argv=None):
+    args, fail = parse_arguments(argv, __doc__, TASKS, OPTIONS)
+    return compare(args, fail, load, train, show_generations)
 
 if __name__ == "__main__":
     main()

@@ -292,6 +292,7 @@ def test_runs_of_all_methods(folders, capsys):
     names = {"accuracy", "flexible", "no_marker"}
     assert list(report["summary"]) == list(PAPERS)
     assert report["summary"]["lora"].keys() >= names and "A few generations:" in printed
+    assert printed.splitlines()[-1].startswith("Table: ")
     assert all(f"| {name} |" in printed for name in names)
     test = jsonl(folders / "data" / "test.jsonl")
     for run in report["results"]:
