@@ -142,7 +142,7 @@ def prepare(args, method, seed, build, folder, steps):
 def radius_of(args, method):
     """The method's own radius, or one of --rho: the last one with an auxiliary pair."""
     _, auxiliary, own = METHODS[method]
-    if own is not None and args.rho is args.defaults["rho"]:  # the very object: none was given
+    if own is not None and args.own_radii:
         return own
     return args.rho[-1 if auxiliary else 0]
 
@@ -583,8 +583,8 @@ def compare(args, fail, load, train, show=None):
         results = begin(args, data.files, folders)  # of all that are finished in --out
         rows = min(args.limit or len(data.rows), len(data.rows))
         todo = {key: folder for key, folder in folders.items() if key not in results}
-        print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(todo)} runs to train "
-                         f"in {args.out}, {len(results)} are finished"]))
+        print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(todo)} runs to "
+                         f"train in {args.out}, {len(results)} are finished"]))
         steps = len(todo) * args.epochs * math.ceil(rows / args.batch_size)
         with tqdm(total=steps, desc="all runs", unit="step", disable=None) as bar:
             results |= dict(run_all(args, load, train, data, todo, bar.update))
@@ -851,7 +851,8 @@ def parse_arguments(argv, doc, tasks, options):
         words = KINDS[kind] if isinstance(kind, type) else kind
         groups[group].add_argument("--" + name, default=value, help=text, **words)
     args, fail = parser.parse_args(argv), parser.error
-    args.defaults = defaults
+    args.defaults, args.own_radii = defaults, args.rho is defaults["rho"]  # no --rho was given
+    defaults["own_radii"] = args.own_radii  # a run that is older than this setting has it
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     if not args.model:
         fail(f"--task {task} needs --model, a folder or the id of a model on the hub")

@@ -5,9 +5,9 @@ each method that published versions of it break.  Steps are taken on a small net
 those that read logits or rows on a tiny BERT, T5 and Llama.
 """
 
+import json
 import math
 import os
-import pickle
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from train_glue import METHODS, TASKS
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import methods  # noqa: E402
+import sharpness  # noqa: E402
 
 OURS = [name for name in methods.METHODS if name not in ("lora", "lora-sam", "bi-lora")]
 close = dict(rtol=1e-6, atol=1e-9)  # norms and factors are of float32's precision
@@ -585,10 +586,23 @@ def test_all_names_every_method(monkeypatch):
     assert seen == [["--method", *METHODS, "--seeds", "0"]] and set(OURS) <= set(METHODS)
 
 
+def test_the_laboratory_reads_the_radius_that_a_run_had(tmp_path, monkeypatch, small_demos):
+    """A method's own, or that of --rho: from the run folder alone."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["train_glue.py", "--limit", "8", "--epochs", "1", "--jobs", "1", "--device", "cpu",
+            "--seeds", "0", "--method", "flat-lora", "--batch-size", "8"]
+    for out, words, rho in (("own", [], 0.05), ("given", ["--rho", "0.2", "0.5"], 0.2)):
+        (result,) = methods.main([*argv, *words, "--out", out])["results"]
+        _, options = sharpness.parse_arguments([out, "--device", "cpu"])
+        (run,) = sharpness.load_runs(options)
+        assert (result["rho"], run.training.rho) == (rho, rho)
+
+
 def test_a_methods_own_radius_gives_way_to_rho():
     for words, radii in (([], (0.2, 0.5, 0.05)), (["--rho", "0.3", "0.4"], (0.3, 0.4, 0.3)),
                          (["--rho", "0.2", "0.5"], (0.2, 0.5, 0.2))):  # given, though the default
         args, _ = methods.parse(train_glue, words)
-        args = pickle.loads(pickle.dumps(args))  # as the processes of --jobs get them
+        settings = json.loads(json.dumps(vars(args)))  # as a run's config.json has them
+        args = SimpleNamespace(**settings)
         found = [train_glue.radius_of(args, name) for name in ("lora-sam", "bi-lora", "flat-lora")]
         assert tuple(found) == radii
