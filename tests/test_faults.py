@@ -124,6 +124,17 @@ def test_an_integer_weight_is_refused():
         add_lora(model, 2, 4)
 
 
+def test_a_weight_of_another_class_is_refused():
+    """Quantized weights are such classes: what they compute is not what W0 says."""
+    class Packed(nn.Parameter):
+        pass
+
+    model = net()
+    model[0].weight = Packed(torch.randn(4, 5))
+    with pytest.raises(ValueError, match="0 cannot be adapted: its weight is a Packed"):
+        add_lora(model, 2, 4)
+
+
 def test_a_subclass_that_computes_as_linear_does_is_adapted():
     class Named(nn.Linear):
         pass
@@ -368,6 +379,16 @@ def trained(model, head="1"):
     return model
 
 
+def inner_wrapped(name):
+    """The first layer inside a module that holds it by `name`."""
+    def wrap(model):
+        inner = model[0]
+        model[0] = nn.Module()
+        model[0].add_module(name, inner)
+        return model
+    return wrap
+
+
 def inner_compiled(model):
     model[0] = torch.compile(model[0])
     return model
@@ -375,7 +396,8 @@ def inner_compiled(model):
 
 @pytest.mark.parametrize("wrap", [
     torch.compile, nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m)), inner_compiled,
-    lambda m: torch.compile(nn.DataParallel(m)),
+    lambda m: torch.compile(nn.DataParallel(m)), inner_wrapped("_fsdp_wrapped_module"),
+    inner_wrapped("_checkpoint_wrapped_module"),
     torch.optim.swa_utils.AveragedModel])
 def test_a_wrapper_leaves_no_trace_in_the_file(tmp_path, wrap):
     model = trained(net())
@@ -395,7 +417,8 @@ def test_a_wrapper_leaves_no_trace_in_the_file(tmp_path, wrap):
     wrapped = wrap(other)
     load_adapter(wrapped, str(tmp_path / "plain"))
     (loaded,) = [p for name, p in wrapped.named_parameters() if name.endswith("lora_B")]
-    assert torch.equal(loaded, model.get_parameter("0.lora_B"))
+    (expected,) = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
+    assert torch.equal(loaded, expected)
 
 
 def test_a_module_that_is_called_module_keeps_its_name(tmp_path):
@@ -496,14 +519,18 @@ def test_what_peft_would_read_otherwise_is_refused(tmp_path, kind, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("initial", ["orthogonal", "eva", "gaussian", True, False])
-def test_starts_of_peft_that_leave_the_base_alone_are_loaded(tmp_path, initial):
-    model = trained(net())
-    save_adapter(model, str(tmp_path))
-    path = tmp_path / "adapter_config.json"
+def saved_with(folder, initial):
+    """A model whose adapter is saved with this init_lora_weights."""
+    model, path = trained(net()), folder / "adapter_config.json"
+    save_adapter(model, str(folder))
     settings = {**json.loads(path.read_text()), "init_lora_weights": initial}
     path.write_text(json.dumps(settings))
-    other = trained(net())
+    return model
+
+
+@pytest.mark.parametrize("initial", ["orthogonal", "eva", "gaussian", True, False])
+def test_starts_of_peft_that_leave_the_base_alone_are_loaded(tmp_path, initial):
+    model, other = saved_with(tmp_path, initial), trained(net())
     with torch.no_grad():
         other[0].lora_B.zero_()
     load_adapter(other, str(tmp_path))
@@ -513,11 +540,7 @@ def test_starts_of_peft_that_leave_the_base_alone_are_loaded(tmp_path, initial):
 @pytest.mark.parametrize("initial",
                          ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_starts_of_peft_that_move_the_base_are_refused(tmp_path, initial):
-    model = trained(net())
-    save_adapter(model, str(tmp_path))
-    path = tmp_path / "adapter_config.json"
-    settings = {**json.loads(path.read_text()), "init_lora_weights": initial}
-    path.write_text(json.dumps(settings))
+    model = saved_with(tmp_path, initial)
     with pytest.raises(ValueError, match=f"init_lora_weights is {initial}"):
         load_adapter(model, str(tmp_path))
 

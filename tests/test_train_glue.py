@@ -884,7 +884,9 @@ def test_a_head_is_used_only_for_the_classes_it_was_trained_for(three_classes, n
     write(three_classes / "bert/config.json", json.dumps({**BERT, **settings}))
     args, _ = parse_arguments(MNLI, "", train_glue.SETTINGS, train_glue.GLUE_OPTIONS)
     data = train_glue.load(args)
-    weight = train_glue.build_model(data).classifier.weight
+    model = train_glue.build_model(data)
+    weight = model.classifier.weight
+    assert model.config.labels == ["entailment", "neutral", "contradiction"]  # and not the old ones
     head = read_safetensors("bert/model.safetensors")["classifier.weight"]
     assert torch.equal(weight, head) is used and weight.shape == head.shape
     said = NEW_HEAD.format(", ".join(names) or "classes without names")

@@ -500,8 +500,8 @@ def test_where_a_number_ends_and_begins(text, strict, flexible):
 
 def test_long_texts_are_searched_in_no_time():
     for part in ("1/", "1.1", "1,111", "-", "1 1 ", "1 ", r"\frac{"):
-        extract_answer("#### " + part * 9999)
-        extract_answer(part * 9999 + "/", strict=False)
+        assert extract_answer("#### " + part * 9999 + "x") in (None, "1")
+        assert extract_answer(part * 9999 + "/ 7", strict=False) in (None, "7")
 
 
 def test_no_task_of_one_script_writes_where_one_of_the_other_does():
