@@ -72,15 +72,40 @@ class LoRALinear(nn.Module):
             B = torch.zeros(m, rank, dtype=torch.float32, device=device)
             return nn.Parameter(A.to(device)), nn.Parameter(B)
 
+    def pairs(self, training):
+        """[(B, A)] of the forward pass."""
+        if training and self.aux_A is not None:
+            return [(self.lora_B, self.lora_A), (self.aux_B, self.aux_A)]
+        return [(self.lora_B, self.lora_A)]
+
     def forward(self, x):
-        A, B = self.lora_A, self.lora_B
-        if self.training and self.aux_A is not None:  # two pairs are one pair of rank r + r2
-            A, B = torch.cat([A, self.aux_A]), torch.cat([B, self.aux_B], dim=1)
+        Bs, As = zip(*self.pairs(self.training))
+        B, A = torch.cat(Bs, dim=1), torch.cat(As)  # two pairs are one pair of rank r + r2
         rows = x.reshape(-1, x.shape[-1])                           # (rows, n)
         out = F.linear(rows, self.weight, self.bias)                # (rows, m)
         low = F.linear(rows, A.to(rows.dtype)).to(out.dtype)        # (rows, r + r2)
         out = torch.addmm(out, low, B.to(out.dtype).t(), alpha=self.scale)  # + s (x A^T) B^T
         return out.view(*x.shape[:-1], self.out_features)
+
+    def merged_weight(self, training=False, dtype=torch.float32):
+        """W of the forward pass in eval mode, or in training mode; (m, n), in dtype or wider."""
+        W = self.weight.to(torch.promote_types(self.weight.dtype, dtype))
+        for B, A in self.pairs(training):
+            W = W + self._product(B.to(W.dtype), A.to(W.dtype))
+        return W
+
+    def trained(self):
+        """{name in PEFT's file: parameter}: what of the layer descends, and is kept."""
+        return {"lora_B.weight": self.lora_B, "lora_A.weight": self.lora_A}
+
+    def saved(self):
+        """({name in PEFT's file: tensor}, the layer's part of adapter_config.json)."""
+        return self.trained(), {"r": self.rank, "lora_alpha": self.alpha}
+
+    def load(self, tensors):
+        """Take in what `saved` gave."""
+        for name, p in self.trained().items():
+            p.copy_(tensors[name])
 
     def delta(self):
         """s B1 A1, (m, n): what training adds to W0, and what a merge keeps."""
@@ -105,8 +130,9 @@ def _require_ranks(name, linear, rank, aux_rank, alpha):
         _require(fits, f"{what} is {value}; layer {name} of shape {shape} takes {least} to "
                  f"{min(shape)}")
 
-def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
+def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None, layer=LoRALinear):
     """Put a LoRALinear in place of each targeted nn.Linear, freeze all else, return the new layers.
+    layer: another class of them, or a function of (linear, rank, alpha).
     targets: a regular expression searched for in the module names, or a list of name endings
     (["q", "v"] takes every layer called q or v).  Default: every nn.Linear but those under a
     module called lm_head, classifier, score or head.  Raises ValueError, and changes nothing, where
@@ -119,9 +145,9 @@ def add_lora(model, rank=8, alpha=16, aux_rank=0, targets=None):
         _require_plain(name, linear)
         _require_read_by_itself(model, name, linear)
         _require_ranks(name, linear, rank, aux_rank, alpha)
-    adapted = {linear: LoRALinear(linear, rank, alpha) for linear in chosen.values()}
-    for layer in adapted.values():
-        layer.aux_A, layer.aux_B = layer._new_pair(aux_rank)  # aux_rank changes no primary pair
+    adapted = {linear: layer(linear, rank, alpha) for linear in chosen.values()}
+    for new in adapted.values():
+        new.aux_A, new.aux_B = new._new_pair(aux_rank)  # aux_rank changes no primary pair
     model.requires_grad_(False)  # the adapters, which stay trainable, are not part of it yet
     for name, linear in chosen.items():
         model.set_submodule(name, adapted[linear])
@@ -173,7 +199,7 @@ def lora_layers(model):
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 def primary_parameters(model):
-    """List of B1 and A1 of every adapted layer: they descend, and are kept."""
+    """List of what every adapted layer trains, B1 and A1: they descend, and are kept."""
     return _primary(lora_layers(model))
 
 def auxiliary_parameters(model):
@@ -181,7 +207,7 @@ def auxiliary_parameters(model):
     return _auxiliary(_perturbed_layers(lora_layers(model)))
 
 def _primary(layers):
-    return [p for layer in layers for p in (layer.lora_B, layer.lora_A)]
+    return [p for layer in layers for p in layer.trained().values()]
 
 def _auxiliary(layers):
     return [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
@@ -373,10 +399,9 @@ def merge_lora_(model):
     return model
 
 def _merged(layer):
-    W = _wide(layer.weight)
-    W = W + layer._product(layer.lora_B.to(W.dtype), layer.lora_A.to(W.dtype))
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
+    linear.weight = nn.Parameter(layer.merged_weight().to(layer.weight.dtype),
+                                 requires_grad=False)
     linear.bias = layer.bias
     return linear.train(layer.training)
 
@@ -396,7 +421,7 @@ def save_adapter(model, folder, rename=None, write=None):
     torch.save writes adapter_model.bin.  rename: dict or function from this model's module names
     to another tree's.  An older adapter stays until every new file is written.  ValueError for
     what PEFT would read otherwise.  Sharded parameters are gathered: call it on every rank."""
-    slots, settings, fingerprint = _adapter(model, rename)
+    slots, _, settings, fingerprint = _adapter(model, rename)
     name, other = (BIN, SAFETENSORS) if write is None else (SAFETENSORS, BIN)
     _require(not Path(folder, other).exists(), f"{folder}: {name} cannot stand beside {other}")
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -418,7 +443,7 @@ def load_adapter(model, folder, rename=None, read=None):
     Raises ValueError, and copies nothing, for another setting, another base under the adapted
     layers (PEFT's folders name none), a tensor that is missing, unexpected or misshapen, and two
     adapter files."""
-    slots, settings, fingerprint = _adapter(model, rename)
+    slots, layers, settings, fingerprint = _adapter(model, rename)
     base = Path(folder, FINGERPRINT)
     _require_settings(Path(folder, CONFIG), settings)
     path, tensors = _read_tensors(Path(folder, BIN), Path(folder, SAFETENSORS), read)
@@ -427,10 +452,14 @@ def load_adapter(model, folder, rename=None, read=None):
         _require_equal(base, {"the base": base.read_text()}, {"the base": fingerprint})
     for key, p in slots.items():
         _require(not hasattr(p, "full_tensor"), f"{key} is sharded; load before fully_shard")
-        p.copy_(tensors[key])
+    for name, layer in layers.items():
+        layer.load({last: tensors.pop(_key(name, last)) for last in layer.saved()[0]})
+    for key, tensor in tensors.items():  # of the heads
+        slots[key].copy_(tensor)
 
 def _adapter(model, rename):
-    """({name in the file: parameter}, what adapter_config.json says, the base's fingerprint)."""
+    """({name in the file: tensor}, {name: adapted layer}, what adapter_config.json says, the base's
+    fingerprint)."""
     slots, layers, heads, others = {}, {}, [], []
     while isinstance(model, WRAPPERS) or "_orig_mod" in model._modules:
         model = model._modules.get("_orig_mod") or model.module
@@ -446,35 +475,39 @@ def _adapter(model, rename):
         if isinstance(module, LoRALinear):
             _require(not kept.keys() & {"weight", "bias"}, f"{name}: its W0 or bias is trained, "
                      "which an adapter cannot keep")
-            kept = {"lora_A.weight": module.lora_A, "lora_B.weight": module.lora_B}
-            layers[name] = module
+            kept, layers[name] = dict(sorted(module.saved()[0].items())), module
         elif name:
             (heads if kept else others).append(name)
         for last, p in kept.items():
-            key = ".".join(filter(None, ("base_model.model", name, last)))
+            key = _key(name, last)
             _require(key not in slots, f"rename gives two modules one name, {name}")
             slots[key] = p
     _require(layers, "the model has no LoRA adapters; add_lora puts them in")
     _require(len(set(slots.values())) == len(slots), "a trained tensor is part of two modules (a "
              "tied head?); PEFT would load it as two")
-    return slots, _settings(layers, sorted(heads), others), _fingerprint(layers)
+    return slots, layers, _settings(layers, sorted(heads), others), _fingerprint(layers)
+
+def _key(name, last):
+    return ".".join(filter(None, ("base_model.model", name, last)))
 
 def _settings(layers, heads, others):
     """adapter_config.json.  ValueError where PEFT would take another module, or another scale."""
-    sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
-    _require(len(sizes) == 1, f"layers with several (rank, alpha): {sizes}; a file has one")
-    (rank, alpha), targets = *sizes, sorted(layers)
+    found = [layer.saved()[1] for layer in layers.values()]
+    (first, *_), targets = found, sorted(layers)
+    _require(all(own == first for own in found), f"layers with several (rank, alpha) or kinds: "
+             f"{first} and {[own for own in found if own != first][:1]}; a file has one")
+    root = math.sqrt(first["r"]) if first.get("use_rslora") else first["r"]
     scales = {layer.scale for layer in layers.values()}
-    _require(scales == {alpha / rank}, f"scales are {scales}; a file has alpha / rank alone")
+    _require(all(math.isclose(scale, first["lora_alpha"] / root) for scale in scales),
+             f"scales are {scales}; a file has alpha / rank alone")
     for name in [*layers, *others]:
         for head in heads:  # PEFT takes what ends in its name, and adapts no layer inside it
             taken = name.endswith(head) or name in layers and f".{head}." in f".{name}"
             _require(not taken, f"{name}: PEFT would take it for a part of the head {head}")
     if any(name.endswith(tuple("." + layer for layer in layers)) for name in others):
         targets = "|".join(map(re.escape, targets))  # PEFT matches a string as a whole
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none",
-            "target_modules": targets, "modules_to_save": heads or None, "lora_dropout": 0.0,
-            "inference_mode": True}
+    return {"peft_type": "LORA", **first, "bias": "none", "target_modules": targets,
+            "modules_to_save": heads or None, "lora_dropout": 0.0, "inference_mode": True}
 
 def _whole(tensor):
     """On the CPU; a sharded one, a DTensor, gathered from all ranks."""
