@@ -736,11 +736,14 @@ def write_safetensors(path, tensors):
             raise OSError(f"{temporary}: what was read back is not what was written")
     os.replace(temporary, path)
 
-def save_pretrained(model, folder, source):
-    """Write a checkpoint in the Hugging Face layout, config.json last.  That file, which names the
-    dtype, and all others that are not MADE_OF_WEIGHTS come from the folder `source`; the classes'
-    names are config.labels.  ValueError for an unnamed parameter."""
+def save_pretrained(model, folder, source, dtype=None):
+    """Write a checkpoint in the Hugging Face layout, config.json last.  That file and all others
+    that are not MADE_OF_WEIGHTS come from the folder `source`; the classes' names are
+    config.labels.  dtype: "float32", "float16" or "bfloat16", by default what config.json names.
+    ValueError for an unnamed parameter."""
     raw, tensors = read_json(os.path.join(source, "config.json")), {}
+    if dtype is not None:
+        raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     dtype = getattr(torch, dtype) if dtype in ("float16", "bfloat16") else torch.float32
     for name, p in model.named_parameters():

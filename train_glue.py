@@ -38,11 +38,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from bilora import (add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
-                    clip_perturbation_, lora_sam_step, lora_step, primary_parameters, save_adapter)
+from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
+                    clip_perturbation_, lora_layers, lora_sam_step, lora_step, primary_parameters,
+                    save_adapter)
 from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder, naming,
-                   read_config, read_json, read_tensors, require, require_room, write_safetensors,
-                   write_text)
+                   read_config, read_json, read_tensors, require, require_room, save_pretrained,
+                   write_safetensors, write_text)
 
 
 # --------------------------------------------------------------------------------------- methods
@@ -65,10 +66,19 @@ def bi_lora(run, closure):
     loss = bilora_step(run.descent, run.ascent, closure, run.layers, run.rho, clip)
     return {"loss": loss, "perturbation": norms[0], "clipped": norms[0] > run.rho}
 
+def adapters(args, model, auxiliary, layer=LoRALinear):
+    """What these three train, adapters and a classifier: (layers, descent, ascent)."""
+    rank2 = args.aux_rank if auxiliary else 0
+    layers = add_lora(model, args.rank, args.alpha, rank2, layer=layer)
+    if model.classifier is not None:
+        model.classifier.requires_grad_(True)
+    return layers, *bilora_optimizers(model, args.lr, args.aux_lr, args.ascent)
+
 class Method(NamedTuple):
     step: Callable
     auxiliary: bool = False  # with an auxiliary pair; its radius is then the last one of --rho
     rho: float = None  # its own radius, where --rho is not given
+    setup: Callable = adapters
 
 METHODS = {"lora": Method(lora), "lora-sam": Method(lora_sam), "bi-lora": Method(bi_lora, True)}
 
@@ -119,13 +129,10 @@ def prepare(args, method, seed, build, folder, steps):
     torch.manual_seed(seed)  # head and adapters are drawn from it
     model, auxiliary = build().to(args.device), METHODS[method].auxiliary
     model.config.checkpointing = args.checkpointing
-    layers = add_lora(model, args.rank, args.alpha, args.aux_rank if auxiliary else 0)
-    if model.classifier is not None:
-        model.classifier.requires_grad_(True)
+    layers, descent, ascent = METHODS[method].setup(args, model, auxiliary)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = args.dropout
-    descent, ascent = bilora_optimizers(model, args.lr, args.aux_lr, args.ascent)
     schedules = [cosine_schedule(optimizer, steps) for optimizer in (descent, ascent) if optimizer]
     run = SimpleNamespace(args=args, method=method, seed=seed, model=model, layers=layers,
                           descent=descent, ascent=ascent, schedules=schedules, steps=steps,
@@ -141,10 +148,10 @@ def prepare(args, method, seed, build, folder, steps):
 
 def radius_of(args, method):
     """The method's own radius, or one of --rho: the last one with an auxiliary pair."""
-    _, auxiliary, own = METHODS[method]
+    own = METHODS[method].rho
     if own is not None and args.own_radii:
         return own
-    return args.rho[-1 if auxiliary else 0]
+    return args.rho[-1 if METHODS[method].auxiliary else 0]
 
 def cosine_schedule(optimizer, steps, warmup=0.03):
     """Linear warm-up over a fraction of the steps, then half a cosine to 0."""
@@ -183,15 +190,18 @@ def training_rows(args, data, seed):
 def loss_rise(run, closure, rho=0.05):
     """L(W + rho G / ||G||) - L(W) over all adapted W together, G = dL/dW: SAM's two passes, with an
     optimizer that does not move the weights."""
-    weights, losses = [layer.weight.requires_grad_(True) for layer in run.layers], []
+    weights, losses = [layer.weight for layer in run.layers], []
+    before = [weight.requires_grad for weight in weights]
 
     def both():
         losses.append(closure())
         return losses[-1]
 
-    lora_sam_step(torch.optim.SGD(weights, lr=0.0), both, rho)
     for weight in weights:
-        weight.requires_grad_(False)
+        weight.requires_grad_(True)
+    lora_sam_step(torch.optim.SGD(weights, lr=0.0), both, rho)
+    for weight, required in zip(weights, before):
+        weight.requires_grad_(required)
     return (losses[1] - losses[0]).item()
 
 
@@ -491,8 +501,10 @@ def split_mrpc(scratch, folder):
 
 # ------------------------------------------------------------------------------ the files of a run
 def trained_tensors(model):
-    """{name: tensor} of all that is trained; writing into one writes into the model."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """{name: tensor} of all that is trained, and of buffers, which training may change; writing
+    into one writes into the model."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return trained | dict(model.named_buffers())
 
 def parts_of(run):
     """What has a state_dict of its own, in a fixed order."""
@@ -540,6 +552,8 @@ def finish_run(run, closure=None, files=()):
     head = [] if model.classifier is None else list(model.classifier.parameters())
     groups = {"primary": primary_parameters(model), "auxiliary": auxiliary_parameters(model),
               "head": head}
+    listed = {p for group in groups.values() for p in group}
+    groups["base"] = [p for p in model.parameters() if p.requires_grad and p not in listed]
     result = {"method": run.method, "seed": run.seed,
               "config": read_json(os.path.join(run.folder, "config.json")),
               "parameters": {name: sum(p.numel() for p in group) for name, group in groups.items()},
@@ -552,7 +566,11 @@ def finish_run(run, closure=None, files=()):
     lines = "".join(json.dumps(row) + "\n" for row in log)
     for name, text in (("log.jsonl", lines), *files):
         write_text(os.path.join(run.folder, name), text)
-    save_adapter(model, run.folder, model.module_names, write_safetensors)
+    if lora_layers(model):
+        save_adapter(model, run.folder, model.module_names, write_safetensors)
+    else:
+        source = local_folder(run.args.model, run.args.revision)
+        save_pretrained(model, os.path.join(run.folder, "model"), source, "float32")
     draw_curves([result], os.path.join(run.folder, "curves.png"))
     write_text(os.path.join(run.folder, "metrics.json"), json.dumps(result, indent=2))
     with contextlib.suppress(FileNotFoundError):

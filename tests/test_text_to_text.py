@@ -164,7 +164,8 @@ def test_runs_of_all_methods(folders, family, adapted):
         assert len(losses(folder)) == 6 and all(map(math.isfinite, losses(folder)))
         assert math.isfinite(run["metrics"]["rise"])
         auxiliary = adapted * 3 // 2 if run["method"] == "bi-lora" else 0
-        assert run["parameters"] == {"primary": adapted, "auxiliary": auxiliary, "head": 0}
+        expected = {"primary": adapted, "auxiliary": auxiliary, "head": 0, "base": 0}
+        assert run["parameters"] == expected
         model = Transformer.from_pretrained(folders / family)
         add_lora(model, 2, 16)
         load_adapter(model, str(folder), model.module_names, read_safetensors)

@@ -401,7 +401,8 @@ def test_what_a_run_leaves(compared, monkeypatch, method):
         assert json.loads((own / "metrics.json").read_text()) == run
         config = json.loads((own / "config.json").read_text())
         assert config == run["config"] and (config["method"], config["rank"]) == (method, 2)
-        assert run["parameters"] == {"primary": adapted, "auxiliary": auxiliary, "head": 2 * 16 + 2}
+        expected = {"primary": adapted, "auxiliary": auxiliary, "head": 2 * 16 + 2, "base": 0}
+        assert run["parameters"] == expected
         log = log_of(own)
         assert [(row["step"], row["epoch"]) for row in log] == [
             (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]

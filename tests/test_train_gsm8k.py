@@ -312,7 +312,7 @@ def test_runs_of_all_methods(folders, capsys):
         assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
         assert all(math.isfinite(row["loss"]) for row in log)
         auxiliary = 984 if run["method"] == "bi-lora" else 0
-        assert run["parameters"] == {"primary": 656, "auxiliary": auxiliary, "head": 0}
+        assert run["parameters"] == {"primary": 656, "auxiliary": auxiliary, "head": 0, "base": 0}
         model = Transformer.from_pretrained("llama")
         add_lora(model, 2, 16)
         load_adapter(model, str(folder), model.module_names, read_safetensors)
