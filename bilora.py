@@ -413,7 +413,8 @@ BIN, SAFETENSORS = "adapter_model.bin", "adapter_model.safetensors"
 HARMLESS = {  # settings of PEFT's that leave W = W0 + s B1 A1 as it is
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
-    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"}
+    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
+    "lora_ga_config"}
 
 def save_adapter(model, folder, rename=None, write=None):
     """Write every trained tensor but the auxiliary pairs to `folder`, in PEFT's layout.

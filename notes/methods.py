@@ -4,7 +4,7 @@
     python notes/methods.py train_gsm8k.py --method bi-lora-power --momentum 0.9
     python notes/methods.py train_glue.py --snapshots 21        # the paper's three, with snapshots
 
-The first word is the script; what follows are its options, --momentum and --snapshots.
+The first word is the script; what follows are its options, and those that OPTIONS adds here.
 
 A method is one function and one line.  The function takes one training step and returns what the
 log keeps of it; "loss" is one of these.
@@ -31,16 +31,24 @@ from torch.nn.utils import get_total_norm
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import train_glue  # noqa: E402
 import train_gsm8k  # noqa: E402
-from bilora import (_one_pass, _parameters, _perturbed_layers, _require_radius, _wide,  # noqa: E402
-                    auxiliary_parameters, bilora_step, clip_perturbation_, lora_sam_step,
-                    lora_step, perturbation_norm, primary_parameters)
+from bilora import (LoRALinear, _one_pass, _parameters, _perturbed_layers,  # noqa: E402
+                    _require_radius, _targeted, _wide, auxiliary_parameters, bilora_step,
+                    clip_perturbation_, lora_sam_step, lora_step, perturbation_norm,
+                    primary_parameters)
 from measures import moved  # noqa: E402
 from train_glue import (METHODS, OPTIONS, SHARE, Method, Parser, number,  # noqa: E402
                         trained_tensors)
+from variants import VariantLinear, lora_ga_, pissa_, require_ranks  # noqa: E402
 
 TINY = torch.finfo(torch.float32).tiny
 SCRIPTS = {"train_glue.py": train_glue, "train_gsm8k.py": train_gsm8k}
 OPTIONS += [
+    ("method", "init", {"choices": ("default", "pissa", "lora-ga")}, "default",
+     "start of the primary pairs (notes/variants.py)"),
+    ("method", "dora", bool, False, "train the norms of W's rows beside the pairs"),
+    ("method", "rslora", bool, False, "the scale is alpha / sqrt(rank)"),
+    ("method", "full-lr", float, None, "of full fine-tuning (default: lr / 5, and lr / 10 for a "
+     "decoder alone, as in the paper)"),
     ("method", "momentum", SHARE, 0.5, "of bi-lora-power: share of the old perturbation"),
     ("run", "snapshots", {"type": partial(number, int, 0)}, 0, "moments, evenly from before the "
      "first step to after the last, at which all that is trained is saved in the run folder")]
@@ -194,7 +202,7 @@ def flat_lora(run, closure):
     weights, stds = [layer.weight for layer in run.layers], []
     with torch.no_grad():
         for layer in run.layers:
-            W = layer.weight + layer.delta()
+            W = layer.merged_weight()
             stds.append(f * run.rho * W.norm(dim=1, keepdim=True) / math.sqrt(W.shape[1]))
     eps = noise(run, weights, stds)
     with moved(weights, eps):
@@ -379,6 +387,26 @@ def head_logits(H, Z, y, rho, bias):
     return Z + (H @ fixed.T + float(bias)) @ E
 
 
+# ------------------------------------------------------------------------- without adapters
+
+def whole(args, model, auxiliary):
+    """All weights of the model, in float32, and AdamW over them; the layers are those that LoRA
+    would adapt."""
+    if args.init != "default" or args.dora or args.rslora:
+        raise ValueError("full fine-tuning has no adapters; expected no --init, --dora, --rslora")
+    model.float().requires_grad_(True)
+    linears = {name: module for name, module in model.named_modules()
+               if isinstance(module, torch.nn.Linear)}
+    lr = args.full_lr or args.lr / (10 if model.encoder is None else 5)
+    descent = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    return [linears[name] for name in _targeted(list(linears), None)], descent, None
+
+def full_sam(run, closure):
+    """Plain SAM, over all weights."""
+    loss = lora_sam_step(run.descent, closure, run.rho)
+    return {"loss": loss, "perturbation": run.rho}
+
+
 # ------------------------------------------------------------------------------- ablations
 
 def bi_lora_power(run, closure):
@@ -445,12 +473,28 @@ def at_the_pair(run, closure):
 # --------------------------------------------------------------------------------- the table
 
 def add(table):
-    """Put methods into the scripts' table.  Their steps take the snapshots that --snapshots asks
-    for."""
+    """Put methods into the scripts' table.  They get the layers that --init, --dora and --rslora
+    ask for, and their steps take the snapshots that --snapshots asks for."""
     for name, method in table.items():
-        METHODS[name] = method._replace(step=partial(step_with_snapshots, method.step))
+        setup = variants if method.setup is train_glue.adapters else method.setup
+        step = partial(step_with_snapshots, method.step)
+        METHODS[name] = method._replace(step=step, setup=setup)
+
+def variants(args, model, auxiliary):
+    """train_glue.adapters, with layers of notes/variants.py where an option asks for them."""
+    layer, start = LoRALinear, args.init != "default"
+    if start or args.dora or args.rslora:
+        layer = partial(VariantLinear, start=start, dora=args.dora, rslora=args.rslora)
+    layers, *optimizers = train_glue.adapters(args, model, auxiliary, layer)
+    if args.init == "pissa":
+        pissa_(layers)
+    elif args.init == "lora-ga":
+        require_ranks(layers)
+    return layers, *optimizers
 
 def step_with_snapshots(step, run, closure):
+    if run.args.init == "lora-ga" and not run.log and not run.layers[0].start_A.any():
+        lora_ga_(run.layers, closure)
     count, done = run.args.snapshots, len(run.log)
     moments = {round(i * run.steps / max(1, count - 1)) for i in range(count)}
     if done in moments:
@@ -484,7 +528,9 @@ add({**METHODS,
      "two-pairs": Method(two_pairs, auxiliary=True), "no-clip": Method(no_clip, auxiliary=True),
      "layer-clip": Method(layer_clip, auxiliary=True),
      "noise-fresh": Method(noise_fresh, auxiliary=True),
-     "noise-kept": Method(noise_kept, auxiliary=True)})
+     "noise-kept": Method(noise_kept, auxiliary=True),
+     "full": Method(train_glue.lora, setup=whole),
+     "full-sam": Method(full_sam, rho=0.05, setup=whole)})
 
 
 # ------------------------------------------------------------- what the other files here ask of it

@@ -169,7 +169,7 @@ class Run:
         if name == "LoRA":
             return primary_parameters(self.model), primary_parameters(self.model)
         weights = [layer.weight for layer in self.layers]
-        return weights, [layer.weight + layer.delta().detach() for layer in self.layers]
+        return weights, [layer.merged_weight().detach() for layer in self.layers]
 
     def generator(self):
         return torch.Generator().manual_seed(self.options.seed)
@@ -215,11 +215,15 @@ class Run:
 
 
 def run_folders(path):
-    """The run folders in the --out of a command; a run folder is its own."""
+    """The run folders in the --out of a command; a run folder is its own.  Those without adapters,
+    of full fine-tuning, are left out and named."""
     names = [path, *(os.path.join(path, name) for name in sorted(os.listdir(path)))]
-    files = ("config.json", "adapter_config.json", "metrics.json")
-    found = [name for name in names
-             if all(os.path.isfile(os.path.join(name, file)) for file in files)]
+    finished = [name for name in names if all(
+        os.path.isfile(os.path.join(name, file)) for file in ("log.jsonl", "metrics.json"))]
+    found = [name for name in finished if os.path.isfile(os.path.join(name, "adapter_config.json"))]
+    for name in finished:
+        if name not in found:
+            print(f"{name}: left out; it has no adapter, and the parts measure adapted layers")
     if not found:
         raise ValueError(f"{path}: no finished run; expected the --out of train_glue.py or "
                          "train_gsm8k.py, or a folder in it")
@@ -305,13 +309,7 @@ def perturbation(run, batch):
 
 def effective_weights(layers, training):
     """[W], float64, because a perturbation is small beside it."""
-    weights = []
-    for layer in layers:
-        W = layer.weight.detach().double() + layer.delta().detach()
-        if training and layer.aux_A is not None:
-            W += layer.aux_delta().detach()
-        weights.append(W)
-    return weights
+    return [layer.merged_weight(training, torch.float64).detach() for layer in layers]
 
 
 # -------------------------------------------------------------------------- the parts, for one run
@@ -396,7 +394,7 @@ def measure_d(run, options):
             row["auxiliary"] = low_rank_cosine(run.auxiliary(), aux_at_end)
             row["between"] = low_rank_cosine(run.primary(), run.auxiliary())
         _, moves = perturbation(run, run.batches[0])
-        if norm(moves) > 0:
+        if norm(moves) > 0 and len(moves) == 2 * len(run.layers):  # B1 and A1, no magnitude
             terms = lora_sam_terms(run.layers, moves)
             names = ("B_epsA", "epsB_A", "epsB_epsA")
             row |= {name: norm(term) for name, term in zip(names, terms)}

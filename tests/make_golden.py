@@ -17,14 +17,20 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 
 import peft
 import torch
 import transformers
+from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from bilora import add_lora, load_adapter, merge_lora_, save_adapter  # noqa: E402
-from model import Transformer, load_tokenizer, read_safetensors, save_pretrained  # noqa: E402
+from model import (Transformer, load_tokenizer, read_safetensors, save_pretrained,  # noqa: E402
+                   write_safetensors)
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "notes"))
+from variants import VariantLinear, pissa_  # noqa: E402
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 ENCODER = dict(vocab_size=40, hidden_size=8, intermediate_size=12, num_attention_heads=2,
@@ -155,6 +161,7 @@ def write_adapter(name, folder, model_class, pad):
         config.target_modules = r".*(key|attention.output.dense|intermediate.dense|output.dense)"
     theirs = peft.get_peft_model(model_class.from_pretrained(folder), config).eval()
     randomize(p for p in theirs.parameters() if p.requires_grad)
+    theirs.peft_config["default"].base_model_name_or_path = name  # no path of this machine
     theirs.save_pretrained(os.path.join(folder, "peft"))
     remove_all_but(os.path.join(folder, "peft"), "adapter_config.json", "adapter_model.safetensors")
     logits = logits_of(theirs, pad)
@@ -182,6 +189,60 @@ def write_adapter(name, folder, model_class, pad):
         same(logits_of(model, pad), logits_of(
             peft.PeftModel.from_pretrained(model_class.from_pretrained(folder), saved).eval(), pad))
     return logits
+
+
+VARIANTS = {  # of BERT's adapter: PEFT's words, ours
+    "rslora": (dict(use_rslora=True), dict(rslora=True)),
+    "dora": (dict(use_dora=True), dict(dora=True)),
+    "pissa": (dict(init_lora_weights="pissa"), dict(start=True)),
+    "lora-ga": (dict(init_lora_weights="lora_ga"), dict(start=True)),
+    "pissa-dora-rslora": (None, dict(start=True, dora=True, rslora=True))}  # not in PEFT
+
+
+def write_variants():
+    """PEFT's adapters of other kinds, for the BERT that is there, each with its logits.  What
+    starts away from W0 is saved as PEFT does it for the original base: at twice the rank."""
+    base, (targets, ours) = os.path.join(HERE, "bert"), TARGETS["bert"]
+    model_class, expected = transformers.BertForSequenceClassification, {}
+    for name, (words, layer) in VARIANTS.items():
+        torch.manual_seed(1)
+        if words is not None:
+            expected[name] = write_variant(name, model_class.from_pretrained(base), targets, words)
+        model = Transformer.from_pretrained(base, num_labels=3)  # ours, into PEFT
+        layers = add_lora(model, 2, 6, 2, ours, partial(VariantLinear, **layer))
+        if "start" in layer:
+            pissa_(layers)
+        randomize(p for p in model.parameters() if p.requires_grad)
+        with tempfile.TemporaryDirectory() as saved, torch.no_grad():
+            save_adapter(model, saved, model.module_names, write_safetensors)
+            theirs = peft.PeftModel.from_pretrained(model_class.from_pretrained(base), saved)
+            rows = [model.eval()(row[None]) for row in ROWS]
+            same(torch.cat(rows), logits_of(theirs.eval(), 0))
+    torch.save(expected, os.path.join(HERE, "variants", "expected.pt"))
+
+
+def write_variant(name, base, targets, words):
+    """The logits; and B0 A0 of one layer, with its s, where PEFT starts away from W0."""
+    folder, started = os.path.join(HERE, "variants", name), "init_lora_weights" in words
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, **words)
+    if name == "lora-ga":
+        config.lora_ga_config = LoraGAConfig()
+        base.train(False)
+        preprocess_loraga(base, config, lambda: base(ROWS[0][None], labels=torch.tensor([1]))
+                          .loss.backward())
+    theirs = peft.get_peft_model(base, config).eval()
+    with tempfile.TemporaryDirectory() as first:
+        theirs.peft_config["default"].init_lora_weights = True
+        theirs.peft_config["default"].base_model_name_or_path = "bert"
+        theirs.save_pretrained(first)
+        layer = next(m for m in theirs.modules() if hasattr(m, "lora_A"))
+        B, A = (getattr(layer, key)["default"].weight.detach() for key in ("lora_B", "lora_A"))
+        start = layer.scaling["default"] * B @ A
+        randomize(p for p in theirs.parameters() if p.requires_grad)
+        words = dict(path_initial_model_for_weight_conversion=first) if started else {}
+        theirs.save_pretrained(folder, **words)
+    remove_all_but(folder, "adapter_config.json", "adapter_model.safetensors")
+    return {"logits": logits_of(theirs, 0), "start": start}
 
 
 def same(a, b):
@@ -228,4 +289,5 @@ if __name__ == "__main__":
     for family, entry in FAMILIES.items():
         write(family, *entry)
     write_training()
+    write_variants()
     write_minilm(os.environ["MINILM"])

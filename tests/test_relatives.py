@@ -369,7 +369,7 @@ def test_noise_in_place_of_the_ascent(batch, name):
 
 def arguments(**more):
     return SimpleNamespace(device="cpu", bf16=False, micro_batch=None, momentum=0.5, snapshots=0,
-                           **more)
+                           init="default", dora=False, rslora=False, full_lr=None, **more)
 
 
 def script_run(kind, aux_rank=0, rho=0.3, targets=None):
