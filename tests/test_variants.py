@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_glue
+import train_gsm8k
 from bilora import (add_lora, auxiliary_parameters, load_adapter, lora_layers, merge_lora_,
                     primary_parameters, save_adapter)
 from model import Transformer, read_safetensors
@@ -324,6 +325,71 @@ def test_pissa_starts_where_pefts_does():
     torch.testing.assert_close(product, EXPECTED["pissa"]["start"], rtol=1e-5, atol=1e-6)
 
 
+# ------------------------------------------------------------------------------- without adapters
+
+def full_command(out, *more):
+    return ["train_glue.py", "--method", "lora", "full", "full-sam", "--seeds", "0", "--limit", "64",
+            "--epochs", "2", "--batch-size", "16", "--jobs", "1", "--out", str(out), *more]
+
+
+def test_full_fine_tuning_is_paired_saved_and_loaded(small_demos, tmp_path):
+    report = methods.main(full_command(tmp_path))
+    assert report["difference"].keys() == {"full", "full-sam"}
+    args, _ = methods.parse(train_glue, full_command(tmp_path)[1:])
+    data = train_glue.load(args)
+    for result in report["results"][1:]:
+        folder = tmp_path / f"{result['method']}-seed0"
+        assert not (folder / "adapter_config.json").exists() and not (folder / "state.pt").exists()
+        model = Transformer.from_pretrained(str(folder / "model"), num_labels=2)
+        assert model.config.labels == data.names
+        scores = train_glue.evaluate(args, model, data)["scores"]
+        assert scores["accuracy"] == result["metrics"]["accuracy"]
+        sizes = {"base": sum(p.numel() for p in model.parameters()), "head": 0}
+        sizes["head"] = sum(p.numel() for p in model.classifier.parameters())
+        sizes["base"] -= sizes["head"]
+        assert result["parameters"] == {"primary": 0, "auxiliary": 0, **sizes}
+        start = Transformer.from_pretrained(data.source, num_labels=2)
+        moved = [n for (n, p), q in zip(model.named_parameters(), start.parameters())
+                 if not torch.equal(p, q)]
+        assert {n.split(".")[0] for n in moved} == {n.split(".")[0] for n, _ in
+                                                    model.named_parameters()}
+    rates = [json.loads(line)["lr"] for line in open(tmp_path / "full-seed0" / "log.jsonl")]
+    assert max(rates) == pytest.approx(args.lr / 5)
+
+
+def test_full_sam_perturbs_all_weights_by_one_radius(small_demos, tmp_path):
+    args, _ = methods.parse(train_glue, full_command(tmp_path, "--rho", "0.3")[1:])
+    data, seen = train_glue.load(args), []
+    run = train_glue.prepare(args, "full-sam", 0, methods.builder(train_glue, args, data), "", 2)
+    closure = partial(train_glue.forward_backward, args, run.model.train(), data, data.rows[:8])
+
+    def watched():
+        seen.append([p.detach().double().clone() for p in run.model.parameters()])
+        loss = closure()
+        gradients.append([p.grad.clone() for p in run.model.parameters() if p.grad is not None])
+        return loss
+    gradients = []
+    METHODS["full-sam"].step(run, watched)
+    eps = [b - a for a, b in zip(*seen)]
+    assert global_norm(eps) == pytest.approx(0.3, rel=1e-3)
+    moved = [e for e in eps if e.norm() > 0]
+    size = global_norm(gradients[0])
+    for e, g in zip(moved, [g for g in gradients[0] if g.norm() > 0], strict=True):
+        torch.testing.assert_close(e, 0.3 * g.double() / size, rtol=1e-2, atol=1e-6)
+
+
+def test_full_fine_tuning_trains_float32_weights_and_a_tenth_for_a_decoder(small_demos, tmp_path):
+    words = ["--method", "full", "--bf16", "--out", str(tmp_path)]
+    args, _ = methods.parse(train_gsm8k, words)
+    data = train_gsm8k.load(args)
+    run = train_glue.prepare(args, "full", 0, methods.builder(train_gsm8k, args, data), "", 10)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert run.schedules[0].base_lrs == [args.lr / 10]
+    args.full_lr = 0.125
+    run = train_glue.prepare(args, "full", 0, methods.builder(train_gsm8k, args, data), "", 10)
+    assert run.schedules[0].base_lrs == [0.125]
+
+
 # ----------------------------------------------------------------------------------------- the scripts
 
 WORDS = {"pissa": ["--init", "pissa"], "lora-ga": ["--init", "lora-ga", "--dropout", "0.1"],
@@ -353,25 +419,27 @@ def test_runs_of_both_methods_and_their_adapters(name, small_demos, tmp_path):
             assert all(layer.start_A.any() for layer in run.layers)
 
 
-@pytest.mark.parametrize("name", WORDS)
-def test_killed_and_resumed_bit_for_bit(name, small_demos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, method", [*((name, "bi-lora") for name in WORDS),
+                                          ("default", "full-sam")])
+def test_killed_and_resumed_bit_for_bit(name, method, small_demos, tmp_path, monkeypatch):
     def command(folder, *more):
-        return ["train_glue.py", "--method", "bi-lora", "--seeds", "0", "--limit", "64", "--epochs",
+        return ["train_glue.py", "--method", method, "--seeds", "0", "--limit", "64", "--epochs",
                 "2", "--batch-size", "16", "--jobs", "1", "--rank", "4", "--save-every", "3",
-                "--out", str(tmp_path / folder), *WORDS[name], *more]
+                "--out", str(tmp_path / folder), *WORDS.get(name, []), *more]
     methods.main(command("whole"))
-    step = METHODS["bi-lora"].step
+    step = METHODS[method].step
 
     def killed(run, closure):
         if len(run.log) == 5:
             raise KeyboardInterrupt
         return step(run, closure)
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "bi-lora", METHODS["bi-lora"]._replace(step=killed))
+        patch.setitem(METHODS, method, METHODS[method]._replace(step=killed))
         with pytest.raises(SystemExit):
             methods.main(command("killed"))
     methods.main(command("killed", "--resume"))
-    whole, killed = (read_safetensors(tmp_path / f / "bi-lora-seed0" / "adapter_model.safetensors")
+    file = "model/model.safetensors" if method == "full-sam" else "adapter_model.safetensors"
+    whole, killed = (read_safetensors(tmp_path / f / f"{method}-seed0" / file)
                      for f in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     for key, tensor in whole.items():
