@@ -38,7 +38,7 @@ from bilora import (LoRALinear, _one_pass, _parameters, _perturbed_layers,  # no
 from measures import moved  # noqa: E402
 from train_glue import (METHODS, OPTIONS, SHARE, Method, Parser, number,  # noqa: E402
                         trained_tensors)
-from variants import VariantLinear, lora_ga_, pissa_, require_ranks  # noqa: E402
+from variants import VariantLinear, lora_ga_, pissa_  # noqa: E402
 
 TINY = torch.finfo(torch.float32).tiny
 SCRIPTS = {"train_glue.py": train_glue, "train_gsm8k.py": train_gsm8k}
@@ -488,8 +488,6 @@ def variants(args, model, auxiliary):
     layers, *optimizers = train_glue.adapters(args, model, auxiliary, layer)
     if args.init == "pissa":
         pissa_(layers)
-    elif args.init == "lora-ga":
-        require_ranks(layers)
     return layers, *optimizers
 
 def step_with_snapshots(step, run, closure):

@@ -119,7 +119,11 @@ def lora_ga_(layers, closure, gamma=16):
     """LoRA-GA, from G = U S V^T, the gradient in W0 that closure() leaves: A0 is the first r rows
     of V^T, B0 the columns r + 1 to 2 r of U, both times m^(1/4) / sqrt(gamma), W being (m, n).
     gamma is the published code's.  The random stream goes on as if this had not been."""
-    require_ranks(layers)
+    for layer in layers:
+        shape = tuple(layer.weight.shape)
+        if 2 * layer.rank > min(shape):
+            raise ValueError(f"LoRA-GA takes 2 r singular vectors; rank is {layer.rank}, a layer "
+                             f"of shape {shape} has {min(shape)}")
     weights = [layer.weight for layer in layers]
     for W in weights:
         W.requires_grad_(True)
@@ -134,12 +138,3 @@ def lora_ga_(layers, closure, gamma=16):
         for W in weights:
             W.requires_grad_(False)
             W.grad = None
-
-
-def require_ranks(layers):
-    """ValueError where LoRA-GA has too few singular vectors."""
-    for layer in layers:
-        shape = tuple(layer.weight.shape)
-        if 2 * layer.rank > min(shape):
-            raise ValueError(f"LoRA-GA takes 2 r singular vectors; rank is {layer.rank}, a layer "
-                             f"of shape {shape} has {min(shape)}")

@@ -22,7 +22,7 @@ import train_glue
 import train_gsm8k
 from bilora import (add_lora, auxiliary_parameters, load_adapter, lora_layers, merge_lora_,
                     primary_parameters, save_adapter)
-from model import Transformer, read_safetensors
+from model import Transformer, read_json, read_safetensors
 from test_steps import (LAYERS, Net, assert_close, close, closure_of, global_norm, plain_gradients,
                         sgd_pair, snapshot)
 from train_glue import METHODS
@@ -344,6 +344,9 @@ def test_full_fine_tuning_is_paired_saved_and_loaded(small_demos, tmp_path):
         assert model.config.labels == data.names
         scores = train_glue.evaluate(args, model, data)["scores"]
         assert scores["accuracy"] == result["metrics"]["accuracy"]
+        assert read_json(folder / "model" / "config.json")["dtype"] == "float32"
+        tensors = read_safetensors(folder / "model" / "model.safetensors").values()
+        assert {t.dtype for t in tensors} == {torch.float32}  # the demo's own is bfloat16
         sizes = {"base": sum(p.numel() for p in model.parameters()), "head": 0}
         sizes["head"] = sum(p.numel() for p in model.classifier.parameters())
         sizes["base"] -= sizes["head"]
@@ -415,8 +418,12 @@ def test_runs_of_both_methods_and_their_adapters(name, small_demos, tmp_path):
         assert scores["accuracy"] == result["metrics"]["accuracy"]
         moved = [layer.delta().norm() for layer in run.layers]
         assert min(moved) > 0
-        if "--init" in words:
-            assert all(layer.start_A.any() for layer in run.layers)
+        if "--init" in words:  # a step of a loaded run, as sharpness.py takes it, keeps the start
+            starts = [layer.start_A.clone() for layer in run.layers]
+            METHODS[result["method"]].step(run, partial(
+                train_glue.forward_backward, args, run.model.train(), data, data.rows[:8]))
+            for layer, start in zip(run.layers, starts, strict=True):
+                assert start.any() and torch.equal(layer.start_A, start)
 
 
 @pytest.mark.parametrize("name, method", [*((name, "bi-lora") for name in WORDS),
