@@ -463,6 +463,25 @@ def test_each_micro_batch_has_its_own_perturbation_of_the_head(kind):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("opposite", [False, True])
+def test_the_radius_at_which_features_turn(opposite):
+    """head_sam.md: along the head, a larger feature helps below rho = ||d|| / sqrt(2), and hurts
+    above it.  Rows of one norm, at a right angle or opposite."""
+    V = torch.tensor([[0.6, 0.0], [-0.6, 0.0] if opposite else [0.0, 0.6]], dtype=torch.float64)
+    d = V[1] - V[0]
+    bound = d.norm() / math.sqrt(2)
+    torch.testing.assert_close(bound, V.norm() * (1.0 if opposite else math.sqrt(0.5)))
+    y = torch.tensor([0, 1, 1, 0, 1])
+    for rho in (0.9 * bound, 1.1 * bound):
+        a = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        H = (2.0 * y - 1)[:, None] * a * d / d.norm()
+        Z = methods.head_logits(H, H @ V.T, y, rho, bias=False)
+        F.cross_entropy(Z, y).backward()
+        margin = (Z[:, 1] - Z[:, 0]) * (2 * y - 1)
+        torch.testing.assert_close(margin, (a * (d.norm() - math.sqrt(2) * rho)).expand(5))
+        assert (a.grad < 0) == (rho < bound)
+
+
 def test_the_relative_radius_is_a_share_of_the_heads_norm():
     run, closure, head = script_run("classifier")
     size = head.weight.norm().item()
