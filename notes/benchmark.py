@@ -20,6 +20,7 @@ import sys
 import time
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -27,7 +28,7 @@ import methods
 import train_glue
 from bilora import bilora_optimizers
 from model import Config, Transformer, write_text
-from train_glue import METHODS, TASKS, forward_backward, peak_memory, prepare
+from train_glue import METHODS, TASKS, Method, forward_backward, peak_memory, prepare
 
 MINILM = Config(vocab_size=30522, d_model=384, d_ff=1536, heads=12, encoder_layers=6,
                 token_types=2, norm_first=False, embedding_norm=True, pooler=True, eps=1e-12,
@@ -41,19 +42,21 @@ def build(folder):
     return Transformer(MINILM)
 
 
-def peft_run(args, options):
-    """What `prepare` returns, as far as the first method's step reads it, with PEFT's layers."""
+def peft_layers(args, model, auxiliary):
+    """Set up PEFT's layers, in float32 as its get_peft_model has them, in place of ours."""
     from peft import LoraConfig, inject_adapter_in_model
-    torch.manual_seed(0)
-    model = build(options.model).to(options.device)
-    targets = [name for name, module in model.named_modules()
-               if isinstance(module, torch.nn.Linear) and name != "classifier"]
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+    targets = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)
+               and not {"classifier", "lm_head"} & set(name.split("."))]
     model.requires_grad_(False)
-    config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets)
-    inject_adapter_in_model(config, model)
-    model.classifier.requires_grad_(True)
-    descent, _ = bilora_optimizers(model, 5e-4)
-    return SimpleNamespace(args=args, model=model, descent=descent, log=[], steps=1)
+    config = LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=targets)
+    cast_adapter_dtype(inject_adapter_in_model(config, model), "default")
+    if model.classifier is not None:
+        model.classifier.requires_grad_(True)
+    return [], *bilora_optimizers(model, args.lr)
+
+
+OTHERS = {"peft": Method(METHODS[FIRST].step, setup=peft_layers)}  # of this file alone
 
 
 def build_step(method, options):
@@ -63,9 +66,7 @@ def build_step(method, options):
              "--rank", str(options.rank), "--aux-rank", str(options.rank),
              "--alpha", str(2 * options.rank), "--micro-batch", str(options.batch_size)]
     args, _ = methods.parse(train_glue, words + ["--bf16"] * options.bf16)
-    if method == "peft":
-        run, step = peft_run(args, options), METHODS[FIRST].step
-    else:
+    with mock.patch.dict(METHODS, OTHERS):
         run = prepare(args, method, 0, partial(build, options.model), "", steps)
         step = METHODS[method].step
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +118,7 @@ def parse_arguments(argv):
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS)[:3],
                         help="beside the table's first one (default: %(default)s; all: every one)")
     parser.add_argument("--peft", action="store_true", help="time PEFT's LoRA as well")
-    parser.add_argument("--memory-of", choices=(*METHODS, "peft"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=(*METHODS, *OTHERS), help=argparse.SUPPRESS)
     for name, default, text in (("rounds", 40, ""), ("warmup", 3, "rounds not counted "),
                                 ("batch-size", 32, ""), ("length", 64, "longest row, tokens "),
                                 ("rank", 8, "r = r2 ")):
@@ -135,7 +136,7 @@ def main(argv=None):
             step()
         print(json.dumps(peak_memory(options.device)))  # null where the system does not tell
         return None
-    names = list(dict.fromkeys([FIRST, *options.method, *(["peft"] if options.peft else [])]))
+    names = list(dict.fromkeys([FIRST, *options.method, *(OTHERS if options.peft else [])]))
     seconds = time_methods(names, options)
     machine = f"{platform.machine()} CPU"
     if torch.device(options.device).type == "cuda":
