@@ -1,16 +1,20 @@
-"""What a step costs: methods of the table on the same encoder and batch, interleaved step by step.
+"""What a step costs: methods of the table on the same model and batch, interleaved step by step.
 
-    python notes/benchmark.py --bf16                       # a random encoder of MiniLM's shape
-    python notes/benchmark.py --bf16 --model DIR           # a BERT folder
-    python notes/benchmark.py --bf16 --method all          # every method of methods.py
-    python notes/benchmark.py --bf16 --peft                # PEFT's LoRA layers too, if installed
+    python notes/benchmark.py --bf16                         # a random encoder of MiniLM's shape
+    python notes/benchmark.py --bf16 --shape llama-8b --layers 2    # random, and two layers of 32
+    python notes/benchmark.py --bf16 --method all            # every method of methods.py
+    python notes/benchmark.py --bf16 --model DIR --peft      # a checkpoint; PEFT's layers too
+
+An encoder takes the step of train_glue.py.  So does an encoder-decoder, with answers in text.  A
+decoder alone takes that of train_gsm8k.py; half of each of its rows is the answer.
 
 Reported are the median over the rounds of a step's seconds, and of its ratio to the step of the
 table's first method in the same round, which a drift of the machine's speed does not touch.  Peak
-memory is that of a process which runs one method alone.
+memory is that of a process which runs one row alone.
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -18,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -26,20 +31,27 @@ import torch
 
 import methods
 import train_glue
+import train_gsm8k
 from bilora import bilora_optimizers
-from model import Config, Transformer, write_text
-from train_glue import METHODS, TASKS, Method, forward_backward, peak_memory, prepare
+from model import Config, Transformer, local_folder, read_config, write_text
+from train_glue import METHODS, TASKS, Method, peak_memory, prepare
 
-MINILM = Config(vocab_size=30522, d_model=384, d_ff=1536, heads=12, encoder_layers=6,
-                token_types=2, norm_first=False, embedding_norm=True, pooler=True, eps=1e-12,
-                num_labels=2)
+LLAMA = partial(Config, positions="rotary", norm="rms", gated=True, activation="silu", bias=False,
+                qkv_bias=False)
+SHAPES = {  # as published; what costs no time keeps its default
+    "minilm": Config(vocab_size=30522, d_model=384, d_ff=1536, heads=12, encoder_layers=6,
+                     token_types=2, norm_first=False, embedding_norm=True, pooler=True, eps=1e-12,
+                     num_labels=2),
+    "t5-base": Config(vocab_size=32128, d_model=768, d_ff=3072, heads=12, encoder_layers=12,
+                      decoder_layers=12, positions="relative", max_length=None, norm="rms",
+                      activation="relu", bias=False, qkv_bias=False),
+    "smollm2": LLAMA(vocab_size=49152, d_model=576, d_ff=1536, heads=9, kv_heads=3,
+                     decoder_layers=30, max_length=8192),
+    "llama-1b": LLAMA(vocab_size=128256, d_model=2048, d_ff=8192, heads=32, kv_heads=8,
+                      decoder_layers=16, max_length=131072),
+    "llama-8b": LLAMA(vocab_size=128256, d_model=4096, d_ff=14336, heads=32, kv_heads=8,
+                      decoder_layers=32, max_length=131072, tied=False)}
 FIRST = next(iter(METHODS))
-
-
-def build(folder):
-    if folder:
-        return Transformer.from_pretrained(folder, num_labels=2)
-    return Transformer(MINILM)
 
 
 def peft_layers(args, model, auxiliary):
@@ -59,24 +71,74 @@ def peft_layers(args, model, auxiliary):
 OTHERS = {"peft": Method(METHODS[FIRST].step, setup=peft_layers)}  # of this file alone
 
 
-def build_step(method, options):
-    """A function of no argument that takes one training step of the method."""
-    steps = options.warmup + options.rounds
-    words = ["--task", "mrpc", "--model", options.model or "random", "--device", options.device,
-             "--rank", str(options.rank), "--aux-rank", str(options.rank),
-             "--alpha", str(2 * options.rank), "--micro-batch", str(options.batch_size)]
-    args, _ = methods.parse(train_glue, words + ["--bf16"] * options.bf16)
-    with mock.patch.dict(METHODS, OTHERS):
-        run = prepare(args, method, 0, partial(build, options.model), "", steps)
-        step = METHODS[method].step
+def shape(options):
+    """The Config of --shape, with at most --layers layers in each stack."""
+    config = SHAPES[options.shape]
+    if options.layers is None:
+        return replace(config)
+    return replace(config, encoder_layers=min(config.encoder_layers, options.layers),
+                   decoder_layers=min(config.decoder_layers, options.layers))
+
+
+def build(options):
+    """The model that all rows share.  With --bf16 a decoder alone is in bfloat16, as
+    train_gsm8k.py has it."""
+    folder = local_folder(options.model) if options.model else None
+    config = read_config(folder)[0] if folder else shape(options)
+    dtype = torch.bfloat16 if options.bf16 and not config.encoder_layers else torch.float32
+    if folder:
+        labels = None if config.decoder_layers else 2
+        return Transformer.from_pretrained(folder, labels, dtype).to(options.device)
+    torch.set_default_dtype(dtype)  # never in float32 first: that would be the peak of the memory
+    try:
+        with torch.device(options.device):
+            return Transformer(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def copy_of(base):
+    """The model again, on the same weights but for a classifier, which is trained."""
+    shared = {id(p): torch.nn.Parameter(p.detach()) for name, p in base.named_parameters()
+              if not name.startswith("classifier.")}
+    return copy.deepcopy(base, shared)
+
+
+def example(options, config):
+    """(script, its task, data, rows): what a batch of random tokens is for such a model."""
     generator = torch.Generator().manual_seed(0)
-    shortest, longest = options.length // 2, options.length
-    lengths = torch.randint(shortest, longest + 1, (options.batch_size,), generator=generator)
-    tokens = run.model.config.vocab_size
-    rows = [(torch.randint(tokens, (n,), generator=generator).tolist(), [0] * n, n % 2)
-            for n in lengths.tolist()]
-    data = SimpleNamespace(task=TASKS["mrpc"], answers=None, pad_id=0)
-    closure = partial(forward_backward, args, run.model.train(), data, rows)
+    lengths = torch.randint(options.length // 2, options.length + 1, (options.batch_size,),
+                            generator=generator).tolist()
+
+    def tokens(n):
+        return torch.randint(config.vocab_size, (n,), generator=generator).tolist()
+
+    if not config.encoder_layers:
+        rows = [(tokens(n - n // 2), tokens(n // 2), None) for n in lengths]
+        return train_gsm8k, "gsm8k", SimpleNamespace(pad_id=0), rows
+    rows = [(tokens(n), [0] * n, n % 2) for n in lengths]
+    answers = [tokens(2), tokens(2)] if config.decoder_layers else []  # a word and the end
+    return train_glue, "mrpc", SimpleNamespace(task=TASKS["mrpc"], answers=answers, pad_id=0), rows
+
+
+def prepared(name, base, options):
+    """(run, closure) of a row, as the script has them at each step."""
+    script, task, data, rows = example(options, base.config)
+    words = ["--task", task, "--model", "random", "--device", options.device,
+             "--bf16" if options.bf16 else "--no-bf16", "--rank", str(options.rank),
+             "--aux-rank", str(options.rank), "--alpha", str(2 * options.rank),
+             "--micro-batch", str(options.batch_size)]
+    args, _ = methods.parse(script, words)
+    steps = 1 + options.warmup + options.rounds
+    with mock.patch.dict(METHODS, OTHERS):
+        run = prepare(args, name, 0, partial(copy_of, base), "", steps)
+    return run, partial(script.forward_backward, args, run.model.train(), data, rows)
+
+
+def build_step(name, base, options):
+    """A function of no argument that takes one training step of the row."""
+    run, closure = prepared(name, base, options)
+    step = {**METHODS, **OTHERS}[name].step
 
     def timed():
         logged = step(run, closure)
@@ -87,10 +149,22 @@ def build_step(method, options):
     return timed
 
 
-def time_methods(names, options):
-    """{method: [seconds a round]}; the order rotates from round to round."""
-    steps = {name: build_step(name, options) for name in names}
-    seconds = {name: [] for name in names}
+def steps_of(names, options):
+    """({row: its step}, {row: why it is left out}).  Each takes a first step here, untimed."""
+    base, steps, left_out = build(options), {}, {}
+    for name in names:
+        try:
+            step = build_step(name, base, options)
+            step()
+            steps[name] = step
+        except ValueError as error:
+            left_out[name] = str(error)
+    return steps, left_out
+
+
+def time_rows(steps, options):
+    """{row: [seconds a round]}; the order rotates from round to round."""
+    names, seconds = list(steps), {name: [] for name in steps}
     for i in range(options.warmup + options.rounds):
         start = i % len(names)
         for name in names[start:] + names[:start]:
@@ -101,16 +175,32 @@ def time_methods(names, options):
     return seconds
 
 
-def memory_alone(method, argv):
-    command = [sys.executable, os.path.abspath(__file__), *argv, "--memory-of", method]
+def memory_alone(name, argv):
+    command = [sys.executable, os.path.abspath(__file__), *argv, "--memory-of", name]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(printed.splitlines()[-1])
+
+
+def measured(name, seconds, argv):
+    """The row's numbers, which are printed too."""
+    ratios = [b / a for a, b in zip(seconds[FIRST], seconds[name])]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    memory, typical = memory_alone(name, argv), statistics.median(seconds[name])
+    spread = f"{low:.3f} - {high:.3f}"
+    print(f"{name:<18} {typical:<8.4f} {middle:<8.3f} {spread:<16} {(memory or 0) / 2**20:.0f}")
+    return {"seconds": typical, "ratio": middle, "quartiles": [low, high],
+            "peak_memory_bytes": memory}
 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="BERT folder (default: random weights)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", help="a checkpoint: folder or id on the hub")
+    source.add_argument("--shape", choices=SHAPES, default="minilm",
+                        help="random weights of that shape (default: %(default)s)")
+    parser.add_argument("--layers", type=int, choices=range(1, 33), metavar="N",
+                        help="of --shape, the first N in each stack (default: all)")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: %(default)s")
@@ -124,35 +214,39 @@ def parse_arguments(argv):
                                 ("rank", 8, "r = r2 ")):
         parser.add_argument("--" + name, type=int, default=default,
                             help=text + "(default: %(default)s)")
-    return parser.parse_args(methods.expanded(argv))
+    options = parser.parse_args(methods.expanded(argv))
+    if options.model and options.layers:
+        parser.error("--layers goes with --shape, not with --model")
+    return options
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     options, report = parse_arguments(argv), {}
     if options.memory_of:
-        step = build_step(options.memory_of, options)
+        step = build_step(options.memory_of, build(options), options)
         for _ in range(3):
             step()
         print(json.dumps(peak_memory(options.device)))  # null where the system does not tell
         return None
-    names = list(dict.fromkeys([FIRST, *options.method, *(OTHERS if options.peft else [])]))
-    seconds = time_methods(names, options)
-    machine = f"{platform.machine()} CPU"
+    names = dict.fromkeys([FIRST, *options.method, *(OTHERS if options.peft else [])])
+    steps, left_out = steps_of(names, options)
+    if FIRST in left_out:
+        raise SystemExit(f"{FIRST}: {left_out[FIRST]}")
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if torch.device(options.device).type == "cuda":
         machine = torch.cuda.get_device_name()
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, bf16 "
-          f"{options.bf16}, batch {options.batch_size} x {options.length}, rank {options.rank}, "
-          f"{options.rounds} rounds")
-    print(f"{'method':<14} {'s/step':<8} {'/ ' + FIRST:<8} {'middle half':<16} peak MiB")
+    seconds = time_rows(steps, options)
+    print(f"{options.model or options.shape}, {options.layers or 'all'} layers, batch "
+          f"{options.batch_size} x {options.length}, rank {options.rank}, bf16 {options.bf16}, "
+          f"{options.rounds} rounds; {machine}, torch {torch.__version__}")
+    print(f"{'method':<18} {'s/step':<8} {'/ ' + FIRST:<8} {'middle half':<16} peak MiB")
     for name in names:
-        ratios = [b / a for a, b in zip(seconds[FIRST], seconds[name])]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        memory, typical = memory_alone(name, argv), statistics.median(seconds[name])
-        report[name] = {"seconds": typical, "ratio": middle, "quartiles": [low, high],
-                        "peak_memory_bytes": memory}
-        spread = f"{low:.3f} - {high:.3f}"
-        print(f"{name:<14} {typical:<8.4f} {middle:<8.3f} {spread:<16} {(memory or 0) / 2**20:.0f}")
+        if name in left_out:
+            report[name] = {"left_out": left_out[name]}
+            print(f"{name:<18} left out: {left_out[name]}")
+        else:
+            report[name] = measured(name, seconds, argv)
     if options.out:
         result = {"config": vars(options), "machine": machine, "methods": report}
         write_text(options.out, json.dumps(result, indent=2))

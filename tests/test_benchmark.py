@@ -1,0 +1,102 @@
+"""notes/benchmark.py: shapes, and rows that are left out.  No times.
+
+Oracles: the published number of parameters of each shape, and a sum over its matrices by hand.
+"""
+
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bilora import add_lora
+from model import Transformer
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "..", "notes"))
+import benchmark  # noqa: E402
+
+SMALL = ["--device", "cpu", "--layers", "1", "--batch-size", "2", "--length", "8", "--rounds", "2",
+         "--warmup", "0", "--rank", "2"]
+
+
+def llama(vocabulary, D, kv, F, layers, heads):
+    """Queries and outputs, keys and values, three matrices of the MLP and two norms a layer; the
+    last norm; an embedding for each of the heads, one where it is tied."""
+    return layers * (2 * D * D + 2 * D * kv + 3 * D * F + 2 * D) + D + heads * vocabulary * D
+
+
+MINILM = ((30522 + 512 + 2) * 384 + 2 * 384                                     # embeddings, norm
+          + 6 * (4 * (384 + 1) * 384 + (384 + 1) * 1536 + (1536 + 1) * 384 + 4 * 384)
+          + (384 + 1) * 384)                                                    # pooler
+T5 = (32128 * 768 + 2 * 32 * 12 + 2 * 768                     # embeddings, both biases, last norms
+      + 12 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 768)          # encoder
+      + 12 * (8 * 768**2 + 2 * 768 * 3072 + 3 * 768))         # decoder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Each shape with a vocabulary of 50 tokens; (options, base) of a command."""
+    for name, config in benchmark.SHAPES.items():
+        monkeypatch.setitem(benchmark.SHAPES, name, replace(config, vocab_size=50))
+    monkeypatch.setattr(benchmark, "memory_alone", lambda name, argv: None)
+
+    def built(*words):
+        options = benchmark.parse_arguments([*SMALL, *words])
+        return options, benchmark.build(options)
+    return built
+
+
+@pytest.mark.parametrize("name, published, by_hand", [
+    ("minilm", 22_713_216, MINILM), ("t5-base", 222_903_552, T5),
+    ("smollm2", 134_515_008, llama(49152, 576, 3 * 64, 1536, 30, 1)),
+    ("llama-1b", 1_235_814_400, llama(128256, 2048, 8 * 64, 8192, 16, 1)),
+    ("llama-8b", 8_030_261_248, llama(128256, 4096, 8 * 128, 14336, 32, 2))])
+def test_the_shapes_have_the_published_sizes(name, published, by_hand):
+    with torch.device("meta"):
+        model = Transformer(benchmark.SHAPES[name])
+    head = 2 * (384 + 1) if name == "minilm" else 0  # a classifier, which is not published
+    assert sum(p.numel() for p in model.parameters()) - head == published == by_hand
+    assert benchmark.SHAPES.keys() == {"minilm", "t5-base", "smollm2", "llama-1b", "llama-8b"}
+
+
+@pytest.mark.parametrize("name, stacks", [("minilm", (1, 0)), ("t5-base", (1, 1)),
+                                          ("smollm2", (0, 1))])
+def test_every_kind_of_model_is_timed(small, name, stacks, capsys):
+    """Through the script that trains it.  A method that finds no classifier is left out."""
+    words = ["--bf16", "--shape", name, "--method", "bi-lora", "head-sam-relative"]
+    report = benchmark.main([*SMALL, *words])
+    assert list(report) == ["lora", "bi-lora", "head-sam-relative"]
+    out = report.pop("head-sam-relative")
+    assert ("left_out" in out) == (name != "minilm")
+    if name != "minilm":
+        assert "needs a model with a classifier" in out["left_out"]
+        assert f"left out: {out['left_out']}" in capsys.readouterr().out
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in report.values())
+    options, base = small(*words)
+    assert (base.config.encoder_layers, base.config.decoder_layers) == stacks
+    half = name == "smollm2"
+    assert all(p.dtype == (torch.bfloat16 if half else torch.float32) for p in base.parameters())
+    assert torch.get_default_dtype() == torch.float32
+    _, closure = benchmark.prepared("lora", base, options)
+    assert closure.func.__module__ == ("train_gsm8k" if half else "train_glue")
+
+
+def test_a_rank_that_fits_no_layer_ends_the_program(small):
+    with pytest.raises(SystemExit, match="lora: rank is 999"):
+        benchmark.main([*SMALL, "--rank", "999"])
+
+
+def test_layers_cut_a_shape_alone(small, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main([*SMALL, "--model", "DIR"])
+    assert "--layers goes with --shape" in capsys.readouterr().err
+
+
+def test_rows_share_the_frozen_weights_alone(small):
+    options, base = small("--shape", "minilm")
+    one, other = (benchmark.copy_of(base) for _ in range(2))
+    for (name, p), q in zip(one.named_parameters(), other.parameters()):
+        assert p is not q and (p.data_ptr() == q.data_ptr()) == (not name.startswith("classifier"))
+    add_lora(one)
+    assert all(p.requires_grad for p in other.parameters())
