@@ -6,7 +6,9 @@
     python notes/benchmark.py --bf16 --model DIR --peft      # a checkpoint; PEFT's layers too
 
 An encoder takes the step of train_glue.py.  So does an encoder-decoder, with answers in text.  A
-decoder alone takes that of train_gsm8k.py; half of each of its rows is the answer.
+decoder alone takes that of train_gsm8k.py; half of each of its rows is the answer.  Two more rows,
+`floor` and `matmuls`, are those of floors.py: the passes without an adapter, and their matrix
+products alone.
 
 Reported are the median over the rounds of a step's seconds, and of its ratio to the step of the
 table's first method in the same round, which a drift of the machine's speed does not touch.  Peak
@@ -33,6 +35,7 @@ import methods
 import train_glue
 import train_gsm8k
 from bilora import bilora_optimizers
+from floors import FLOORS
 from model import Config, Transformer, local_folder, read_config, write_text
 from train_glue import METHODS, TASKS, Method, peak_memory, prepare
 
@@ -68,7 +71,7 @@ def peft_layers(args, model, auxiliary):
     return [], *bilora_optimizers(model, args.lr)
 
 
-OTHERS = {"peft": Method(METHODS[FIRST].step, setup=peft_layers)}  # of this file alone
+OTHERS = {"peft": Method(METHODS[FIRST].step, setup=peft_layers), **FLOORS}  # of this file alone
 
 
 def shape(options):
@@ -229,7 +232,7 @@ def main(argv=None):
             step()
         print(json.dumps(peak_memory(options.device)))  # null where the system does not tell
         return None
-    names = dict.fromkeys([FIRST, *options.method, *(OTHERS if options.peft else [])])
+    names = dict.fromkeys([FIRST, *options.method, *(OTHERS if options.peft else FLOORS)])
     steps, left_out = steps_of(names, options)
     if FIRST in left_out:
         raise SystemExit(f"{FIRST}: {left_out[FIRST]}")

@@ -1,6 +1,7 @@
-"""notes/benchmark.py: shapes, and rows that are left out.  No times.
+"""notes/benchmark.py and notes/floors.py: shapes, floors, and rows that are left out.  No times.
 
-Oracles: the published number of parameters of each shape, and a sum over its matrices by hand.
+Oracles: the published number of parameters of each shape, and a sum over its matrices by hand; the
+list of a small model's matrix products by hand.
 """
 
 import os
@@ -10,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bilora import add_lora
+from bilora import LoRALinear, add_lora
 from model import Transformer
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "..", "notes"))
@@ -62,11 +63,11 @@ def test_the_shapes_have_the_published_sizes(name, published, by_hand):
 
 @pytest.mark.parametrize("name, stacks", [("minilm", (1, 0)), ("t5-base", (1, 1)),
                                           ("smollm2", (0, 1))])
-def test_every_kind_of_model_is_timed(small, name, stacks, capsys):
+def test_a_kind_of_model_is_timed_with_both_floors(small, name, stacks, capsys):
     """Through the script that trains it.  A method that finds no classifier is left out."""
     words = ["--bf16", "--shape", name, "--method", "bi-lora", "head-sam-relative"]
     report = benchmark.main([*SMALL, *words])
-    assert list(report) == ["lora", "bi-lora", "head-sam-relative"]
+    assert list(report) == ["lora", "bi-lora", "head-sam-relative", "floor", "matmuls"]
     out = report.pop("head-sam-relative")
     assert ("left_out" in out) == (name != "minilm")
     if name != "minilm":
@@ -100,3 +101,45 @@ def test_rows_share_the_frozen_weights_alone(small):
         assert p is not q and (p.data_ptr() == q.data_ptr()) == (not name.startswith("classifier"))
     add_lora(one)
     assert all(p.requires_grad for p in other.parameters())
+
+
+@pytest.mark.parametrize("name", ["minilm", "t5-base", "smollm2"])
+def test_the_floor_reaches_the_first_layer_without_an_adapter(small, name, monkeypatch):
+    options, base = small("--shape", name)
+    run, closure = benchmark.prepared("floor", base, options)
+    first, outputs = (run.model.encoder or run.model.decoder).blocks[0].attention.q, []
+    first.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    monkeypatch.setattr(LoRALinear, "forward", None)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    benchmark.FLOORS["floor"].step(run, closure)
+    assert len(outputs) == 1 and outputs[0].grad.count_nonzero() > 0
+    assert run.layers == [] and run.descent is None and run.ascent is None
+    assert all(p.grad is None and torch.equal(p, q)
+               for p, q in zip(run.model.parameters(), before))
+
+
+def test_the_products_are_those_of_every_linear_layer(small):
+    """With the rows of its input, in bfloat16; a tied head is among them.  The first layer's
+    queries, keys and values read what needs no gradient."""
+    def shapes(name):
+        options, base = small("--shape", name, "--bf16")
+        run, closure = benchmark.prepared("matmuls", base, options)
+        benchmark.FLOORS["matmuls"].step(run, closure)
+        *_, data, batch = closure.args
+        found = run.state["products"]
+        assert all(t.dtype == torch.bfloat16 for *tensors, _ in found for t in tensors[:3])
+        assert all(dy.shape == (len(x), len(W)) and x.shape[1] == W.shape[1]
+                   for x, W, dy, _ in found)
+        return batch, [(len(x), tuple(W.shape), needed) for x, W, _, needed in found]
+
+    batch, found = shapes("minilm")
+    rows = 2 * max(len(ids) for ids, *_ in batch)
+    assert found == [*[(rows, (384, 384), False)] * 3, (rows, (384, 384), True),
+                     (rows, (1536, 384), True), (rows, (384, 1536), True), (2, (384, 384), True),
+                     (2, (2, 384), True)]
+    batch, found = shapes("smollm2")
+    rows = 2 * max(len(prompt) + len(answer) - 1 for prompt, answer, _ in batch)
+    scored = sum(len(answer) for _, answer, _ in batch)
+    assert sorted(found) == sorted([
+        (rows, (576, 576), False), *[(rows, (192, 576), False)] * 2, (rows, (576, 576), True),
+        *[(rows, (1536, 576), True)] * 2, (rows, (576, 1536), True), (scored, (50, 576), True)])
