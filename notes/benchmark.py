@@ -4,6 +4,7 @@
     python notes/benchmark.py --bf16 --shape llama-8b --layers 2    # random, and two layers of 32
     python notes/benchmark.py --bf16 --method all            # every method of methods.py
     python notes/benchmark.py --bf16 --model DIR --peft      # a checkpoint; PEFT's layers too
+    python notes/benchmark.py --bf16 --dora                  # what else there is: of the script
 
 An encoder takes the step of train_glue.py.  So does an encoder-decoder, with answers in text.  A
 decoder alone takes that of train_gsm8k.py; half of each of its rows is the answer.  Two more rows,
@@ -101,7 +102,8 @@ def build(options):
 
 
 def copy_of(base):
-    """The model again, on the same weights but for a classifier, which is trained."""
+    """The model again, on the same weights but for a classifier, which is trained.  (Full
+    fine-tuning trains them all, for the other rows too; no time depends on their values.)"""
     shared = {id(p): torch.nn.Parameter(p.detach()) for name, p in base.named_parameters()
               if not name.startswith("classifier.")}
     return copy.deepcopy(base, shared)
@@ -130,7 +132,7 @@ def prepared(name, base, options):
     words = ["--task", task, "--model", "random", "--device", options.device,
              "--bf16" if options.bf16 else "--no-bf16", "--rank", str(options.rank),
              "--aux-rank", str(options.rank), "--alpha", str(2 * options.rank),
-             "--micro-batch", str(options.batch_size)]
+             "--micro-batch", str(options.batch_size), *options.rest]
     args, _ = methods.parse(script, words)
     steps = 1 + options.warmup + options.rounds
     with mock.patch.dict(METHODS, OTHERS):
@@ -217,7 +219,8 @@ def parse_arguments(argv):
                                 ("rank", 8, "r = r2 ")):
         parser.add_argument("--" + name, type=int, default=default,
                             help=text + "(default: %(default)s)")
-    options = parser.parse_args(methods.expanded(argv))
+    options, rest = parser.parse_known_args(methods.expanded(argv))
+    options.rest = rest  # of the script: --dora, --init pissa, --checkpointing
     if options.model and options.layers:
         parser.error("--layers goes with --shape, not with --model")
     return options

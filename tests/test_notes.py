@@ -324,6 +324,20 @@ def test_the_quantities_of_a_table():
     assert found["Adam: cosine with G over the sample"] == 0.25
 
 
+def test_starts_and_layers_have_the_recorded_scores():
+    """The last three cells of both tables of note 8 that notes/figures/relatives.json has by name."""
+    with open(os.path.join(NOTES, "figures", "relatives.json")) as file:
+        found, lines = json.load(file), PAGES["8_relatives.md"].splitlines()
+    for name, run in found.items():
+        for method, entry in run["summary"].items():
+            if name in ("all", "relative radius") or method == "lora" and "smaller" in name:
+                continue
+            less = run["difference"].get(method, {}).get("accuracy")
+            cells = [tables.number_of(entry["accuracy"]),
+                     tables.number_of(less) if less else "-", tables.number_of(entry["rise"])]
+            assert [line for line in lines if line.endswith(f"| {' | '.join(cells)} |")], cells
+
+
 def test_the_worked_example():
     """What the comments of the example say, by the singular values of G."""
     (block,) = re.findall(r"```python\n(.*?)```", PAGES["5_proposition_3.md"], re.DOTALL)
