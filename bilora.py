@@ -79,8 +79,10 @@ class LoRALinear(nn.Module):
         return [(self.lora_B, self.lora_A)]
 
     def forward(self, x):
-        Bs, As = zip(*self.pairs(self.training))
-        B, A = torch.cat(Bs, dim=1), torch.cat(As)  # two pairs are one pair of rank r + r2
+        pairs = self.pairs(self.training)
+        B, A = pairs[0]
+        if len(pairs) > 1:  # two pairs are one pair of rank r + r2
+            B, A = torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs])
         rows = x.reshape(-1, x.shape[-1])                           # (rows, n)
         out = F.linear(rows, self.weight, self.bias)                # (rows, m)
         low = F.linear(rows, A.to(rows.dtype)).to(out.dtype)        # (rows, r + r2)
@@ -244,8 +246,9 @@ def clip_perturbation_(layers, rho):
     layers = _perturbed_layers(layers)
     c = perturbation_norm(layers)
     factor = torch.where((c > rho) & c.isfinite(), torch.sqrt(rho / c), 1.0)
-    for p in _auxiliary(layers):
-        p.copy_(_wide(p).mul_(factor.to(p.device)))  # _wide(p) is p itself in float32
+    pairs = _auxiliary(layers)
+    for device in {p.device for p in pairs}:
+        torch._foreach_mul_([p for p in pairs if p.device == device], factor.to(device))
     return c
 
 def _require_radius(rho):
@@ -382,7 +385,7 @@ def bilora_optimizers(model, lr, aux_lr=None, ascent="sgd", weight_decay=0.0):
         return descent, None
     eta2 = lr if aux_lr is None else aux_lr
     if ascent == "sgd":
-        return descent, torch.optim.SGD(pairs, lr=eta2, maximize=True)
+        return descent, torch.optim.SGD(pairs, lr=eta2, maximize=True, foreach=True)
     return descent, torch.optim.AdamW(pairs, lr=eta2, weight_decay=0.0, maximize=True, fused=True)
 
 

@@ -1,0 +1,88 @@
+"""What a step asks of the device: kernels and waits, counted by torch.profiler.  No times.
+
+Counts are of operators that compute or copy.  Views and what only Python sees are left out.  Two
+depths of one model are compared, so that what does not grow with the layers cancels.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.profiler import ProfilerActivity, profile
+
+from bilora import (add_lora, bilora_optimizers, bilora_step, lora_sam_step, lora_step,
+                    primary_parameters)
+
+VIEWS = {"t", "transpose", "permute", "view", "_unsafe_view", "reshape", "narrow", "slice", "select",
+         "as_strided", "detach", "detach_", "alias", "expand", "unsqueeze", "squeeze", "to",
+         "promote_types", "lift_fresh", "empty", "empty_strided", "new_empty_strided", "empty_like",
+         "result_type", "item", "is_nonzero", "_local_scalar_dense", "resize_", "resolve_conj"}
+
+
+def events_of(method, layers):
+    """Those of one step, after a first one that makes the optimizers' states."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])
+    adapted = add_lora(net, 2, 4, aux_rank=2 if method == "bi-lora" else 0)
+    descent, ascent = bilora_optimizers(net, 1e-2)
+    x = torch.randn(4, 8)
+
+    def closure():
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    def step():
+        if method == "bi-lora":
+            return bilora_step(descent, ascent, closure, adapted, rho=1e-6)
+        if method == "lora-sam":
+            return lora_sam_step(descent, closure, 0.05, primary_parameters(net))
+        return lora_step(descent, closure)
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    return found.events()
+
+
+def ancestors(event):
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event.name
+
+
+def kernels(events):
+    """Operators that call no other one but views.  One over a list of tensors counts once: a GPU
+    has one kernel for it, a CPU goes through the list."""
+    names = Counter()
+    for event in events:
+        name = event.name.removeprefix("aten::")
+        inner = [child.name for child in event.cpu_children if child.name.startswith("aten::")]
+        leaf = all(child.removeprefix("aten::") in VIEWS for child in inner)
+        whole = name.startswith("_foreach") or leaf and name not in VIEWS
+        in_list = any(outer.startswith("aten::_foreach") for outer in ancestors(event))
+        if event.name.startswith("aten::") and whole and not in_list:
+            names[name] += 1
+    return names
+
+
+def per_layer(method):
+    counts = [sum(kernels(events_of(method, layers)).values()) for layers in (3, 5)]
+    return (counts[1] - counts[0]) / 2
+
+
+def test_kernels_per_layer():
+    lora, sam, bi = (per_layer(method) for method in ("lora", "lora-sam", "bi-lora"))
+    assert lora > 4  # two products of the pair, forward and backward
+    assert bi - lora <= 10
+    assert sam - 2 * lora <= 8  # for each of two tensors: keep, add eps, put back, and one more
+
+
+@pytest.mark.parametrize("method, passes", [("lora", 1), ("lora-sam", 2), ("bi-lora", 1)])
+def test_one_wait_a_pass(method, passes):
+    """For the check of loss and gradient; none in norms, clip or ascent.  AdamW on a CPU reads its
+    own counters, which lie on the CPU wherever the weights are."""
+    events = events_of(method, 3)
+    waits = [event for event in events if event.name == "aten::_local_scalar_dense"
+             and not any(name.startswith("Optimizer.step") for name in ancestors(event))]
+    assert len(waits) == passes
