@@ -244,16 +244,18 @@ def answer_losses(model, prompts, answers, pad_id, device):
     before = [[model.config.start_id]] * len(prompts) if alone else prompts
     read = [[*start, *answer[:-1]] for start, answer in zip(before, answers)]
     ids = pad_rows(read, pad_id, device)                                                # (B, T)
-    named = [[-100] * (len(start) - 1) + answer for start, answer in zip(before, answers)]
-    labels = pad_rows(named, -100, device)                                              # (B, T)
+    places = [(i, len(start) - 1 + j) for i, (start, answer) in enumerate(zip(before, answers))
+              for j in range(len(answer))]
+    keep = tuple(torch.tensor(places, device=device).T)     # rows and columns of N answers' tokens
+    labels = torch.tensor(sum(answers, []), device=device)                              # (N,)
     mask = pad_rows([[1] * len(row) for row in (prompts if alone else read)], 0, device)
     if alone:
         h = model.hidden(pad_rows(prompts, pad_id, device), mask, decoder_input_ids=ids)
     else:
         h = model.hidden(ids, mask)                                                     # (B, T, D)
-    keep, losses = labels != -100, torch.zeros(labels.shape, device=device)
+    losses = torch.zeros(ids.shape, device=device)                                      # (B, T)
     logits = model.logits(h[keep]).float()                                              # (N, V)
-    losses[keep] = F.cross_entropy(logits, labels[keep], reduction="none")
+    losses[keep] = F.cross_entropy(logits, labels, reduction="none")
     return losses.sum(1)
 
 @torch.no_grad()

@@ -74,6 +74,7 @@ def per_layer(method):
 def test_kernels_per_layer():
     lora, sam, bi = (per_layer(method) for method in ("lora", "lora-sam", "bi-lora"))
     assert lora > 4  # two products of the pair, forward and backward
+    assert kernels(events_of("lora", 3))["cat"] < 3  # a single pair is used as it is
     assert bi - lora <= 10
     assert sam - 2 * lora <= 8  # for each of two tensors: keep, add eps, put back, and one more
 
