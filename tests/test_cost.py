@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from bilora import (add_lora, bilora_optimizers, bilora_step, lora_sam_step, lora_step,
                     primary_parameters)
 
-VIEWS = {"t", "transpose", "permute", "view", "_unsafe_view", "reshape", "narrow", "slice", "select",
-         "as_strided", "detach", "detach_", "alias", "expand", "unsqueeze", "squeeze", "to",
-         "promote_types", "lift_fresh", "empty", "empty_strided", "new_empty_strided", "empty_like",
-         "result_type", "item", "is_nonzero", "_local_scalar_dense", "resize_", "resolve_conj"}
+VIEWS = set("""t transpose permute view _unsafe_view reshape narrow slice select as_strided detach
+    detach_ alias expand unsqueeze squeeze to promote_types lift_fresh empty empty_strided
+    new_empty_strided empty_like result_type item is_nonzero _local_scalar_dense resize_
+    resolve_conj""".split())
 
 
 def events_of(method, layers):

@@ -325,7 +325,7 @@ def test_the_quantities_of_a_table():
 
 
 def test_starts_and_layers_have_the_recorded_scores():
-    """The last three cells of both tables of note 8 that notes/figures/relatives.json has by name."""
+    """The last three cells of the rows of note 8 that figures/relatives.json has by name."""
     with open(os.path.join(NOTES, "figures", "relatives.json")) as file:
         found, lines = json.load(file), PAGES["8_relatives.md"].splitlines()
     for name, run in found.items():

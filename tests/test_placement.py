@@ -74,8 +74,8 @@ def test_the_forward_pass_of_each_family(family):
                                            (train_gsm8k, "llama3")])
 def test_a_step_of_both_scripts(script, model, method, small_demos, tmp_path):
     """Model, optimizers, closure with micro-batches, step, schedule."""
-    args, _ = methods.parse(script, ["--micro-batch", "2", "--rank", "2", "--aux-rank", "2", "--out",
-                                     str(tmp_path)])
+    args, _ = methods.parse(script, ["--micro-batch", "2", "--rank", "2", "--aux-rank", "2",
+                                     "--out", str(tmp_path)])
     args.device = "meta"
     data = train_glue.SimpleNamespace(pad_id=0, answers=[], task=train_glue.TASKS["demo"])
     if script is train_gsm8k:

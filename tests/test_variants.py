@@ -1,10 +1,10 @@
 """Starts and layers of notes/variants.py: PiSSA, LoRA-GA, DoRA, rsLoRA.
 
-Oracles: W written out in float64 from B, A, m, s and the start, with torch's autograd on it; numpy's
-singular value decomposition; and adapters that PEFT saved, with its logits (tests/golden/variants).
+Oracles: W written out in float64 from B, A, m, s and the start, with torch's autograd on it;
+numpy's singular value decomposition; and adapters that PEFT saved, with its logits
+(tests/golden/variants).
 """
 
-import copy
 import json
 import math
 import os
@@ -23,7 +23,7 @@ import train_gsm8k
 from bilora import (add_lora, auxiliary_parameters, load_adapter, lora_layers, merge_lora_,
                     primary_parameters, save_adapter)
 from model import Transformer, read_json, read_safetensors
-from test_steps import (LAYERS, Net, assert_close, close, closure_of, global_norm, plain_gradients,
+from test_steps import (LAYERS, Net, assert_close, closure_of, global_norm, plain_gradients,
                         sgd_pair, snapshot)
 from train_glue import METHODS
 
@@ -31,6 +31,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import methods  # noqa: E402
 from variants import VariantLinear, lora_ga_, pissa_  # noqa: E402
 
+TENSORS = ("lora_B", "lora_A", "magnitude", "aux_B", "aux_A")
 KINDS = {"rslora": dict(rslora=True), "dora": dict(dora=True), "start": dict(start=True),
          "all": dict(start=True, dora=True, rslora=True)}
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
@@ -52,9 +53,8 @@ def variant(kind, aux_rank=0, rank=2, alpha=6, trained=True):
 
 
 def weight_of(layer, kind, training, values=None):
-    """W by the formulas of variants.py's header.  values: others in place of the layer's tensors."""
-    t = {name: getattr(layer, name) for name in ("lora_B", "lora_A", "magnitude", "aux_B", "aux_A")}
-    t |= values or {}
+    """W by the formulas of variants.py's header.  values: in place of the layer's tensors."""
+    t = {name: getattr(layer, name) for name in TENSORS} | (values or {})
     s = 6 / math.sqrt(2) if "rslora" in KINDS[kind] else 6 / 2
     V = layer.weight + s * t["lora_B"] @ t["lora_A"]
     if "start" in KINDS[kind]:
@@ -66,7 +66,7 @@ def weight_of(layer, kind, training, values=None):
     return V
 
 
-# ------------------------------------------------------------------------------------------ the layer
+# ---------------------------------------------------------------------------------------- the layer
 
 @pytest.mark.parametrize("aux_rank", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,24 +110,32 @@ def test_a_start_leaves_w0_alone_and_w_at_w0(dtype):
     torch.testing.assert_close(net(x), expected, rtol=8 * eps, atol=8 * eps)
 
 
+def tensors_of(net):
+    """{(layer, name): tensor} of all that the adapters train."""
+    return {(layer, name): getattr(getattr(net, layer), name).detach().clone() for layer in LAYERS
+            for name in TENSORS if getattr(net.first, name) is not None}
+
+
+def gradients_of(net, kind, batch, moves=None):
+    """{(layer, name): gradient} in training mode at W written out, the tensors moved by `moves`."""
+    own, h = tensors_of(net), batch[0]
+    own = {key: (t + moves[key] if moves else t).requires_grad_() for key, t in own.items()}
+    for layer in ("first", "shared", "shared", "last"):
+        values = {name: t for (owner, name), t in own.items() if owner == layer}
+        module = getattr(net, layer)
+        h = torch.tanh(h @ weight_of(module, kind, True, values).T + module.bias)
+    loss = F.cross_entropy(net.head(h), batch[1])
+    return dict(zip(own, torch.autograd.grad(loss, list(own.values()))))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_with_the_norm_as_a_constant(kind, batch):
     """As DoRA's section 4.3 has it; finite differences would see the norm move."""
-    net, (x, y) = variant(kind, aux_rank=2), batch
-    names = [n for n in ("lora_B", "lora_A", "magnitude", "aux_B", "aux_A")
-             if getattr(net.first, n) is not None]
-    own = {layer: {n: getattr(getattr(net, layer), n).detach().clone().requires_grad_()
-                   for n in names} for layer in LAYERS}
-    h = x
-    for layer in ("first", "shared", "shared", "last"):
-        module = getattr(net, layer)
-        h = torch.tanh(h @ weight_of(module, kind, True, own[layer]).T + module.bias)
-    F.cross_entropy(net.head(h), y).backward()
+    net = variant(kind, aux_rank=2)
     closure_of(net, batch)()
-    for layer in LAYERS:
-        for n in names:
-            assert_close(getattr(getattr(net, layer), n).grad, own[layer][n].grad, f"{layer}.{n}")
-            assert own[layer][n].grad.norm() > 0
+    for (layer, name), g in gradients_of(net, kind, batch).items():
+        assert_close(getattr(getattr(net, layer), name).grad, g, f"{layer}.{name}")
+        assert g.norm() > 0
 
 
 def test_a_layer_names_what_it_trains_once():
@@ -140,7 +148,7 @@ def test_a_layer_names_what_it_trains_once():
     assert "first.start_B" in snapshot(net) and not net.first.start_B.requires_grad
 
 
-# ------------------------------------------------------------------------------------------ the starts
+# --------------------------------------------------------------------------------------- the starts
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pissa_starts_at_the_best_approximation(rslora):
@@ -193,23 +201,8 @@ def test_lora_ga_refuses_a_rank_without_singular_vectors(batch):
         lora_ga_(layers, closure_of(net, batch))
 
 
-# ------------------------------------------------------------------------------- with the three steps
+# ----------------------------------------------------------------------------- with the three steps
 
-def gradients_of(net, kind, batch, training, moves=None):
-    """{(layer, tensor): gradient} at the weights written out, moved by `moves`."""
-    names = [n for n in ("lora_B", "lora_A", "magnitude", "aux_B", "aux_A")
-             if getattr(net.first, n) is not None]
-    own = {(l, n): getattr(getattr(net, l), n).detach().clone() for l in LAYERS for n in names}
-    for key, move in (moves or {}).items():
-        own[key] = own[key] + move
-    own = {key: t.requires_grad_() for key, t in own.items()}
-    h = batch[0]
-    for layer in ("first", "shared", "shared", "last"):
-        values = {n: t for (l, n), t in own.items() if l == layer}
-        module = getattr(net, layer)
-        h = torch.tanh(h @ weight_of(module, kind, training, values).T + module.bias)
-    loss = F.cross_entropy(net.head(h), batch[1])
-    return dict(zip(own, torch.autograd.grad(loss, list(own.values()))))
 
 
 @pytest.mark.parametrize("method", ["lora", "lora-sam", "bi-lora"])
@@ -218,27 +211,25 @@ def test_one_step_of_every_method_written_out(kind, method, batch):
     net, rho, eta = variant(kind, 2 if METHODS[method].auxiliary else 0), 0.2, 0.1
     descent, ascent = sgd_pair(net, eta, eta) if METHODS[method].auxiliary else (
         torch.optim.SGD(primary_parameters(net), lr=eta), None)
-    before = {(l, n): getattr(getattr(net, l), n).detach().clone() for l in LAYERS
-              for n in ("lora_B", "lora_A", "magnitude", "aux_B", "aux_A")
-              if getattr(net.first, n) is not None}
-    g = gradients_of(net, kind, batch, True)
+    before, g = tensors_of(net), gradients_of(net, kind, batch)
     if method == "lora-sam":  # one radius over all that is trained, the magnitudes included
-        F_ = global_norm(g.values())
-        g = gradients_of(net, kind, batch, True, {key: rho * t / F_ for key, t in g.items()})
+        norm = global_norm(g.values())
+        g = gradients_of(net, kind, batch, {key: rho * t / norm for key, t in g.items()})
     run = SimpleNamespace(model=net, layers=lora_layers(net), descent=descent, ascent=ascent,
                           rho=rho, args=SimpleNamespace(snapshots=0, init="default"), log=[],
                           steps=1)
     METHODS[method].step(run, closure_of(net, batch))
     expected = {key: t - eta * g[key] * (-1 if "aux" in key[1] else 1) for key, t in before.items()}
-    c = math.sqrt(sum((expected[l, "aux_B"] @ expected[l, "aux_A"]).square().sum()
-                      for l in LAYERS)) if ascent else 0.0
-    assert method != "bi-lora" or c > rho
-    for (l, n), t in expected.items():
-        factor = math.sqrt(rho / c) if "aux" in n else 1.0
-        assert_close(getattr(getattr(net, l), n), factor * t, f"{l}.{n}", rtol=1e-6, atol=1e-9)
+    if ascent:
+        c = global_norm(expected[layer, "aux_B"] @ expected[layer, "aux_A"] for layer in LAYERS)
+        assert c > rho
+    for (layer, name), t in expected.items():
+        factor = math.sqrt(rho / c) if "aux" in name else 1.0
+        found = getattr(getattr(net, layer), name)
+        assert_close(found, factor * t, f"{layer}.{name}", rtol=1e-6, atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 def test_wrong_words(small_demos, tmp_path, capsys):
     for words, message in ((["--init", "lora-ga", "--rank", "60", "--aux-rank", "4"],
@@ -280,8 +271,8 @@ def test_a_started_adapter_is_a_plain_one_of_twice_the_rank(tmp_path):
     torch.testing.assert_close(plain.eval()(x), net.eval()(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, key", [("rslora", "use_rslora is True"), ("dora", "use_dora is True"),
-                                       ("start", "r is 4")])
+@pytest.mark.parametrize("kind, key", [
+    ("rslora", "use_rslora is True"), ("dora", "use_dora is True"), ("start", "r is 4")])
 def test_another_kind_of_layer_is_refused(kind, key, tmp_path):
     save_adapter(variant(kind), tmp_path)
     torch.manual_seed(0)
@@ -325,11 +316,11 @@ def test_pissa_starts_where_pefts_does():
     torch.testing.assert_close(product, EXPECTED["pissa"]["start"], rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------- without adapters
+# --------------------------------------------------------------------------------- without adapters
 
 def full_command(out, *more):
-    return ["train_glue.py", "--method", "lora", "full", "full-sam", "--seeds", "0", "--limit", "64",
-            "--epochs", "2", "--batch-size", "16", "--jobs", "1", "--out", str(out), *more]
+    return ["train_glue.py", "--method", "lora", "full", "full-sam", "--seeds", "0", "--limit",
+            "64", "--epochs", "2", "--batch-size", "16", "--jobs", "1", "--out", str(out), *more]
 
 
 def test_full_fine_tuning_is_paired_saved_and_loaded(small_demos, tmp_path):
@@ -393,7 +384,7 @@ def test_full_fine_tuning_trains_float32_weights_and_a_tenth_for_a_decoder(small
     assert run.schedules[0].base_lrs == [0.125]
 
 
-# ----------------------------------------------------------------------------------------- the scripts
+# -------------------------------------------------------------------------------------- the scripts
 
 WORDS = {"pissa": ["--init", "pissa"], "lora-ga": ["--init", "lora-ga", "--dropout", "0.1"],
          "all": ["--init", "pissa", "--dora", "--rslora"]}
