@@ -790,6 +790,22 @@ def read_vocab(path):
         handle_chinese_chars=raw.get("tokenize_chinese_chars", True))
     return Tokenizer.from_str(pieces.to_str())
 
+def encode_texts(tokenizer, texts, ends=(), template=True):
+    """[(token ids, segment ids)] of texts or pairs of texts, not padded.  ends: tokens that end a
+    text; one that the tokenizer's template puts last is taken off, since a decoder alone goes on
+    from there.  template: whether it acts.  ValueError where the tokenizer fails or gives none."""
+    rows = []
+    tokenizer.no_padding()
+    for start in range(0, len(texts), 1000):  # few at a time: tokenizers keeps more than the ids
+        part = texts[start:start + 1000]
+        with naming("the tokenizer"):
+            found = tokenizer.encode_batch(part, add_special_tokens=template)
+        for text, row in zip(part, found):
+            stop = len(row) - 1 if template and set(row.ids[-1:]) & set(ends) else len(row)
+            require(stop > 0, f"the tokenizer gives no token for {text!r}")
+            rows.append((row.ids[:stop], row.type_ids[:stop]))
+    return rows
+
 def require_room(config, source, tokens, segments, lengths):
     """ValueError for an id in `tokens` or `segments` (lists of lists of ids), or a length ({what it
     is the length of: tokens}) that the model has no place for."""

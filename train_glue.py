@@ -41,9 +41,9 @@ from tqdm import tqdm
 from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
                     clip_perturbation_, lora_layers, lora_sam_step, lora_step, primary_parameters,
                     save_adapter)
-from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder, naming,
-                   read_config, read_json, read_tensors, require, require_room, save_pretrained,
-                   write_safetensors, write_text)
+from model import (Transformer, as_list, checkpoint_files, encode_texts, load_tokenizer,
+                   local_folder, naming, read_config, read_json, read_tensors, require,
+                   require_room, save_pretrained, write_safetensors, write_text)
 
 
 # --------------------------------------------------------------------------------------- methods
@@ -417,22 +417,6 @@ def encode(tokenizer, rows, prompt, max_length, ends=()):
         texts = [text if len(text) > 1 else text[0] for text, _ in rows]
     encoded = encode_texts(tokenizer, texts, ends)
     return [(ids, types, label) for (ids, types), (_, label) in zip(encoded, rows)]
-
-def encode_texts(tokenizer, texts, ends=(), template=True):
-    """[(token ids, segment ids)] of texts or pairs of texts, not padded.  ends: tokens that end a
-    text; one that the tokenizer's template puts last is taken off, since a decoder alone goes on
-    from there.  template: whether it acts.  ValueError where the tokenizer fails or gives none."""
-    rows = []
-    tokenizer.no_padding()
-    for start in range(0, len(texts), 1000):  # few at a time: tokenizers keeps more than the ids
-        part = texts[start:start + 1000]
-        with naming("the tokenizer"):
-            found = tokenizer.encode_batch(part, add_special_tokens=template)
-        for text, row in zip(part, found):
-            stop = len(row) - 1 if template and set(row.ids[-1:]) & set(ends) else len(row)
-            require(stop > 0, f"the tokenizer gives no token for {text!r}")
-            rows.append((row.ids[:stop], row.type_ids[:stop]))
-    return rows
 
 def encode_answers(tokenizer, words, eos_id):
     """Token ids of each class's answer, the end of the sequence included."""

@@ -23,10 +23,10 @@ from types import SimpleNamespace
 import torch
 from huggingface_hub import hf_hub_download
 
-from model import (Transformer, as_list, checkpoint_files, load_tokenizer, local_folder, naming,
-                   read_config, require, require_room)
-from train_glue import (METHODS, answer_losses, compare, encode_texts, finish_run, parse_arguments,
-                        plan_batches, prepare, save_state)
+from model import (Transformer, as_list, checkpoint_files, encode_texts, load_tokenizer,
+                   local_folder, naming, read_config, require, require_room)
+from train_glue import (METHODS, answer_losses, compare, finish_run, parse_arguments, plan_batches,
+                        prepare, save_state)
 
 
 # -------------------------------------------------------------------------------------- training
