@@ -3,6 +3,7 @@
     python train_glue.py                                         # the demo: two minutes on a CPU
     python train_glue.py --task mrpc --model google-t5/t5-base   # GLUE; downloaded once
     python train_glue.py --task mrpc --model DIR --data DIR      # files that are there: no network
+    torchrun --nproc-per-node=2 train_glue.py --task mrpc --model DIR    # each batch on two GPUs
 
 BERT and RoBERTa get a classifier.  T5, Llama and Qwen2 read a prompt and are trained to answer with
 the label's words; the prediction is the class whose answer has the highest log-probability.  In
@@ -28,6 +29,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
+from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -36,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
@@ -79,6 +82,7 @@ class Method(NamedTuple):
     auxiliary: bool = False  # with an auxiliary pair; its radius is then the last one of --rho
     rho: float = None  # its own radius, where --rho is not given
     setup: Callable = adapters
+    alone: bool = False  # it reads the rows of a batch: one process has to have all of them
 
 METHODS = {"lora": Method(lora), "lora-sam": Method(lora_sam), "bi-lora": Method(bi_lora, True)}
 
@@ -109,15 +113,17 @@ def train(args, method, seed, data, folder, progress):
 
 def forward_backward(args, model, data, batch):
     """Mean loss over the batch's rows, or over their answers' tokens, 0-dim; its gradient adds up
-    micro-batch by micro-batch."""
-    size, total, count = args.micro_batch or len(batch), 0.0, len(batch)
+    micro-batch by micro-batch, and process by process."""
+    size, count = args.micro_batch or len(batch), len(batch)
+    total, share = torch.zeros((), device=args.device), batch[RANK::WORLD]  # of this process
     if data.answers:
         count = sum(len(data.answers[label]) for *_, label in batch)
-    for start in range(0, len(batch), size):
+    for start in range(0, len(share), size):
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-            loss = row_losses(model, data, batch[start:start + size]).sum() / count
+            loss = row_losses(model, data, share[start:start + size]).sum() / count
         loss.backward()
         total = total + loss.detach()
+    sum_over_processes([total], model)
     return total
 
 def prepare(args, method, seed, build, folder, steps):
@@ -137,7 +143,7 @@ def prepare(args, method, seed, build, folder, steps):
     run = SimpleNamespace(args=args, method=method, seed=seed, model=model, layers=layers,
                           descent=descent, ascent=ascent, schedules=schedules, steps=steps,
                           rho=radius_of(args, method), folder=folder, log=[], state={})
-    torch.manual_seed(seed)  # dropout masks: the same stream, however much the adapters drew
+    torch.manual_seed(seed + RANK)  # dropout masks: one stream, however much the adapters drew
     if args.resume and os.path.exists(os.path.join(folder, "state.pt")):
         load_state(run)
     if torch.device(args.device).type == "cuda":
@@ -262,9 +268,10 @@ def answer_losses(model, prompts, answers, pad_id, device):
 def predict(args, model, data, rows):
     """The class that the model gives each row."""
     model.eval()
-    device, predictions = torch.device(args.device), [0] * len(rows)
+    device = torch.device(args.device)
+    predictions = torch.zeros(len(rows), dtype=torch.int64, device=device)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # less padding
-    for start in range(0, len(order), 128):
+    for start in range(0, len(order), 128)[RANK::WORLD]:
         part = order[start:start + 128]
         batch = [rows[i] for i in part]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -275,9 +282,9 @@ def predict(args, model, data, rows):
                 scores = -losses.view(len(batch), -1)
             else:
                 scores = logits_of(model, data, batch)
-        for i, label in zip(part, scores.argmax(1).tolist()):
-            predictions[i] = label
-    return predictions
+        predictions[part] = scores.argmax(1)
+    sum_over_processes([predictions])  # of the other processes' rows they are 0
+    return predictions.tolist()
 
 def evaluate(args, model, data):
     """For the log: the scores of every evaluation set, and how often each class is predicted."""
@@ -485,6 +492,50 @@ def split_mrpc(scratch, folder):
             file.writelines([header, *part])
 
 
+# ------------------------------------------------------------------------------ several processes
+# torchrun starts WORLD processes.  Number RANK (not an adapter's rank) takes every WORLD-th row of
+# a batch, from row RANK on.  The sums are the same for all, so all take the same step.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+@torch.no_grad()
+def sum_over_processes(tensors, model=None):
+    """Replace tensors, and gradients of a model, by their sums over all processes: one message for
+    each dtype.  A gradient that some processes lack is zero there; one that all lack stays None."""
+    if WORLD == 1:
+        return
+    params = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+    there = torch.tensor([float(p.grad is not None) for p in params], device=tensors[0].device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    tensors = [*tensors, there, *gradients] if params else tensors
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        part = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = parameters_to_vector(part)
+        talk(torch.distributed.all_reduce, flat)
+        vector_to_parameters(flat, part)
+    for p, gradient, count in zip(params, gradients, there.tolist()):
+        p.grad = gradient if count else None
+
+def gathered(value):
+    """[value of process 0, of process 1, ...], in every process."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        talk(torch.distributed.all_gather_object, values, value)
+    return values
+
+def talk(operation, *arguments):
+    try:
+        operation(*arguments)
+    except RuntimeError as error:  # another process has ended, and has said why
+        raise ConnectionError(str(error).partition(". ")[0]) from None
+
+def require_one_model(model):
+    """ValueError, which names a tensor, unless all processes have trained the same values."""
+    sums = gathered({key: torch.hash_tensor(t).item() for key, t in trained_tensors(model).items()})
+    for name, value in sums[0].items():
+        for rank, own in enumerate(sums):
+            require(own[name] == value, f"{name} of process {rank} is not that of process 0")
+
+
 # ------------------------------------------------------------------------------ the files of a run
 def trained_tensors(model):
     """{name: tensor} of all that is trained, and of buffers, which training may change; writing
@@ -499,9 +550,12 @@ def parts_of(run):
 def save_state(run):
     """All that the rest of the run depends on, in the run folder's state.pt."""
     path, cuda = os.path.join(run.folder, "state.pt"), torch.cuda.is_available()
+    require_one_model(run.model)
+    drawn = gathered([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])])
+    if RANK > 0:
+        return
     state = {"trained": trained_tensors(run.model), "log": run.log, "state": run.state,
-             "parts": [part.state_dict() for part in parts_of(run)],
-             "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])]}
+             "parts": [part.state_dict() for part in parts_of(run)], "random": drawn}
     try:
         torch.save(state, path + ".tmp")
     except RuntimeError as error:  # torch's own of a full disk
@@ -517,9 +571,10 @@ def load_state(run):
             trained[name].copy_(saved["trained"][name])
         for part, state in zip(parts_of(run), saved["parts"], strict=True):
             part.load_state_dict(state)
-        torch.set_rng_state(saved["random"][0])
-        if saved["random"][1:]:
-            torch.cuda.set_rng_state_all(saved["random"][1:])
+        cpu, *cuda = saved["random"][RANK % len(saved["random"])]
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
         run.log, run.state = saved["log"], saved["state"]
     except Exception as error:  # a file that is not one, or not of this run
         raise OSError(f"{path}: not the state of this run ({type(error).__name__}); remove it to "
@@ -531,6 +586,7 @@ def finish_run(run, closure=None, files=()):
     model, log, names = run.model, run.log, list(run.log[-1]["scores"])
     memory = peak_memory(run.args.device)  # the rise, which is measured next, needs more
     rise = {"rise": loss_rise(run, closure)} if closure else {}
+    require_one_model(model)
     epochs = [{"epoch": row["epoch"], **row["scores"]} for row in log if "scores" in row]
     for row in epochs:
         row["loss"] = statistics.fmean(r["loss"] for r in log if r["epoch"] == row["epoch"])
@@ -549,6 +605,8 @@ def finish_run(run, closure=None, files=()):
               "clipped_fraction": statistics.fmean(row.get("clipped", 0.0) for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log),
               "peak_memory_bytes": memory}
+    if RANK > 0:  # the first process writes
+        return result
     lines = "".join(json.dumps(row) + "\n" for row in log)
     for name, text in (("log.jsonl", lines), *files):
         write_text(os.path.join(run.folder, name), text)
@@ -582,16 +640,19 @@ def compare(args, fail, load, train, show=None):
     folders = {(seed, method): os.path.join(args.out, f"{method}-seed{seed}")
                for seed in args.seeds for method in args.method}
     try:
-        data = load(args)
-        require_ranks_that_fit(args, data.source)
-        results = begin(args, data.files, folders)  # of all that are finished in --out
+        data, results = read_input(args, load, folders)
         rows = min(args.limit or len(data.rows), len(data.rows))
         todo = {key: folder for key, folder in folders.items() if key not in results}
-        print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(todo)} runs to "
-                         f"train in {args.out}, {len(results)} are finished"]))
+        if RANK == 0:
+            print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(todo)} runs to "
+                             f"train in {args.out}, {len(results)} are finished"]))
         steps = len(todo) * args.epochs * math.ceil(rows / args.batch_size)
-        with tqdm(total=steps, desc="all runs", unit="step", disable=None) as bar:
+        with tqdm(total=steps, desc="all runs", unit="step", disable=RANK > 0 or None) as bar:
             results |= dict(run_all(args, load, train, data, todo, bar.update))
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
+        if RANK > 0:
+            return None
         order = list(METHODS)
         keys = sorted(results, key=lambda key: (key[0], order.index(key[1])))
         report = write_report(args, [results[key] for key in keys], data.majority)
@@ -599,15 +660,30 @@ def compare(args, fail, load, train, show=None):
     except (ValueError, OSError, BrokenExecutor) as error:
         fail(str(error))
     except FloatingPointError as error:
-        raise SystemExit(f"error: {error}")
+        raise SystemExit(1 if RANK > 0 else f"error: {error}")  # all have the same loss
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; --resume goes on from the last state of --save-every")
+        text = "interrupted; --resume goes on from the last state of --save-every"
+        raise SystemExit(1 if RANK > 0 else text)
     print_table(report)
     if show:
         show(args, report)
     print(f"Table: {os.path.join(args.out, 'metrics.json')}; picture: "
           f"{os.path.join(args.out, 'curves.png')}; adapters: in a folder of each run beside them")
     return report
+
+def read_input(args, load, folders):
+    """(data, results of all runs that are finished in --out).  The first process goes ahead: the
+    others find what it has downloaded and written."""
+    if WORLD > 1:  # gloo for tensors on a CPU, nccl for those on a GPU
+        torch.distributed.init_process_group(timeout=timedelta(minutes=30))
+    if RANK > 0:
+        gathered(None)
+    data = load(args)
+    require_ranks_that_fit(args, data.source)
+    done = begin(args, data.files, folders)
+    if RANK == 0:
+        gathered(None)
+    return data, done
 
 def require_ranks_that_fit(args, source):
     """add_lora's ValueError, before anything is written."""
@@ -646,6 +722,8 @@ def begin(args, files, folders):
             done[old["seed"], old["method"]] = read_json(os.path.join(folder, "metrics.json"))
         elif path in own[1:]:
             begun += os.path.exists(os.path.join(folder, "state.pt"))
+    if RANK > 0:  # the first process has made the folders
+        return done
     asked = len(done.keys() & folders.keys())
     require(args.resume or not asked and not begun, f"{args.out}: {asked} of these runs are "
             f"finished, {begun} begun; --resume goes on, --overwrite trains them anew")
@@ -832,6 +910,8 @@ OPTIONS = [  # of both scripts: group, name, one of KINDS or argparse's own word
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        if RANK > 0:
+            time.sleep(5)  # process 0 mostly says the same, and torchrun then ends this one
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 def parse_arguments(argv, doc, tasks, options):
@@ -864,7 +944,14 @@ def parse_arguments(argv, doc, tasks, options):
         fail("--resume keeps finished runs, --overwrite deletes them; expected one of them")
     if len(args.rho) > 2:
         fail(f"--rho has {len(args.rho)} values; expected one or two")
+    alone = [method for method in args.method if METHODS[method].alone]
+    if WORLD > 1 and alone:
+        fail(f"--method {alone[0]} reads the rows of a batch; expected one process, not {WORLD}")
     try:
+        if WORLD > 1:
+            args.jobs = 1
+            if torch.device(args.device).type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.ones(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")

@@ -25,8 +25,8 @@ from huggingface_hub import hf_hub_download
 
 from model import (Transformer, as_list, checkpoint_files, encode_texts, load_tokenizer,
                    local_folder, naming, read_config, require, require_room)
-from train_glue import (METHODS, answer_losses, compare, finish_run, parse_arguments, plan_batches,
-                        prepare, save_state)
+from train_glue import (METHODS, RANK, WORLD, answer_losses, compare, finish_run, parse_arguments,
+                        plan_batches, prepare, save_state, sum_over_processes)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -59,14 +59,16 @@ def train(args, method, seed, data, folder, progress):
 
 def forward_backward(args, model, data, batch):
     """Mean loss over the tokens of the batch's answers, 0-dim; the prompts' tokens have none.  Its
-    gradient adds up micro-batch by micro-batch."""
-    device, size, total = torch.device(args.device), args.micro_batch or len(batch), 0.0
+    gradient adds up micro-batch by micro-batch, and process by process."""
+    device, size = torch.device(args.device), args.micro_batch or len(batch)
     count = sum(len(answer) for _, answer, _ in batch)
-    for start in range(0, len(batch), size):
+    total, share = torch.zeros((), device=device), batch[RANK::WORLD]  # of this process
+    for start in range(0, len(share), size):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss = row_losses(model, data, batch[start:start + size]).sum() / count
+            loss = row_losses(model, data, share[start:start + size]).sum() / count
         loss.backward()
         total = total + loss.detach()
+    sum_over_processes([total], model)
     return total
 
 def row_losses(model, data, batch):
@@ -102,10 +104,10 @@ def generate(args, model, data, prompts):
     """The text that follows each prompt, greedily; prompts of similar length share a batch and are
     padded on the left."""
     model.eval()
-    device, texts = torch.device(args.device), [None] * len(prompts)
-    ends = as_list(model.config.eos_id)
+    device, ends, texts = torch.device(args.device), as_list(model.config.eos_id), []
+    tokens = torch.zeros(len(prompts), args.max_new_tokens, dtype=torch.int64, device=device)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the largest batch first
-    for start in range(0, len(order), args.eval_batch_size):
+    for start in range(0, len(order), args.eval_batch_size)[RANK::WORLD]:
         batch = order[start:start + args.eval_batch_size]
         length = max(len(prompts[i]) for i in batch)
         pads = [length - len(prompts[i]) for i in batch]
@@ -114,9 +116,11 @@ def generate(args, model, data, prompts):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
             new = model.generate(ids, mask, args.max_new_tokens)
-        for i, row in zip(batch, new.tolist()):
-            row = itertools.takewhile(lambda token: token not in ends, row)  # then comes padding
-            texts[i] = data.tokenizer.decode(list(row))
+        tokens[batch, :new.shape[1]] = new
+    sum_over_processes([tokens])  # those of the other processes' prompts are 0
+    for row in tokens.tolist():
+        row = itertools.takewhile(lambda token: token not in ends, row)  # then comes padding
+        texts.append(data.tokenizer.decode(list(row)))
     return texts
 
 # A minus after an operand is a subtraction, commas part thousands.

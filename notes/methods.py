@@ -17,6 +17,10 @@ log keeps of it; "loss" is one of these.
 `run` has model, layers, descent, ascent, rho, args, log and steps.  closure() runs forward and
 backward on the step's batch and returns the loss.  What a method keeps from step to step goes into
 the dict run.state, as numbers and tensors: it is saved and restored with the run.
+
+Under torchrun closure() sums loss and gradients over the processes, so a step that reads nothing
+else is right as it is; what is drawn or kept has to be the same in all of them.  A method that
+reads the rows of the batch is refused there by Method(mine, alone=True).
 """
 
 import math
@@ -319,12 +323,17 @@ def esam(run, closure, share=0.5):
 @torch.no_grad()
 def losses_of(row_losses, args, model, data, batch):
     """Loss of each row, a list; the dropout masks are those of the pass that follows."""
-    size, losses = args.micro_batch or len(batch), []
+    own, size, losses = [], args.micro_batch or len(batch), torch.zeros(len(batch)).double()
+    share = slice(train_glue.RANK, None, train_glue.WORLD)  # of this process
     with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
-        for start in range(0, len(batch), size):
+        for start in range(0, len(batch[share]), size):
+            part = batch[share][start:start + size]
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-                losses += row_losses(model, data, batch[start:start + size]).tolist()
-    return losses
+                own += row_losses(model, data, part).tolist()
+    losses[share] = torch.tensor(own).double()
+    losses = losses.to(args.device)
+    train_glue.sum_over_processes([losses])
+    return losses.tolist()
 
 def bar(run, closure, larger_gradient, alpha=0.25):
     """oBAR and nBAR: before the step one factor of each pair is multiplied by 1 + alpha eta1, the
@@ -503,6 +512,8 @@ def step_with_snapshots(step, run, closure):
     return logged
 
 def save_snapshot(run, step):
+    if train_glue.RANK > 0:
+        return
     folder = os.path.join(run.folder, "snapshots")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"step-{step:06d}.pt")
@@ -516,13 +527,13 @@ def save_snapshot(run, step):
 add({**METHODS,
      "bi-lora-power": Method(bi_lora_power, auxiliary=True),
      "flat-lora": Method(flat_lora, rho=0.05), "rwp-full": Method(rwp_full, rho=0.001 ** 0.5),
-     "rwp-lora": Method(rwp_lora, rho=0.001 ** 0.5), "rop": Method(rop, rho=0.1),
+     "rwp-lora": Method(rwp_lora, rho=0.001 ** 0.5), "rop": Method(rop, rho=0.1, alone=True),
      "obar": Method(partial(bar, larger_gradient=False)),
      "nbar": Method(partial(bar, larger_gradient=True)),
      "looksam": Method(looksam), "esam": Method(esam), "s2sam": Method(s2sam),
-     "wsam": Method(wsam), "head-sam": Method(head_sam, rho=0.1),
-     "head-sam-relative": Method(partial(head_sam, relative=True), rho=0.4),
-     "bi-lora-head-sam": Method(bi_lora_head, auxiliary=True, rho=0.1),
+     "wsam": Method(wsam), "head-sam": Method(head_sam, rho=0.1, alone=True),
+     "head-sam-relative": Method(partial(head_sam, relative=True), rho=0.4, alone=True),
+     "bi-lora-head-sam": Method(bi_lora_head, auxiliary=True, rho=0.1, alone=True),
      "two-pairs": Method(two_pairs, auxiliary=True), "no-clip": Method(no_clip, auxiliary=True),
      "layer-clip": Method(layer_clip, auxiliary=True),
      "noise-fresh": Method(noise_fresh, auxiliary=True),
