@@ -641,16 +641,7 @@ def compare(args, fail, load, train, show=None):
                for seed in args.seeds for method in args.method}
     try:
         data, results = read_input(args, load, folders)
-        rows = min(args.limit or len(data.rows), len(data.rows))
-        todo = {key: folder for key, folder in folders.items() if key not in results}
-        if RANK == 0:
-            print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(todo)} runs to "
-                             f"train in {args.out}, {len(results)} are finished"]))
-        steps = len(todo) * args.epochs * math.ceil(rows / args.batch_size)
-        with tqdm(total=steps, desc="all runs", unit="step", disable=RANK > 0 or None) as bar:
-            results |= dict(run_all(args, load, train, data, todo, bar.update))
-        if WORLD > 1:
-            torch.distributed.destroy_process_group()
+        results |= train_all(args, load, train, data, folders, results)
         if RANK > 0:
             return None
         order = list(METHODS)
@@ -674,8 +665,9 @@ def compare(args, fail, load, train, show=None):
 def read_input(args, load, folders):
     """(data, results of all runs that are finished in --out).  The first process goes ahead: the
     others find what it has downloaded and written."""
-    if WORLD > 1:  # gloo for tensors on a CPU, nccl for those on a GPU
-        torch.distributed.init_process_group(timeout=timedelta(minutes=30))
+    if WORLD > 1:
+        backend = "nccl" if torch.device(args.device).type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))  # downloads too
     if RANK > 0:
         gathered(None)
     data = load(args)
@@ -684,6 +676,21 @@ def read_input(args, load, folders):
     if RANK == 0:
         gathered(None)
     return data, done
+
+def train_all(args, load, train, data, folders, finished):
+    """{(seed, method): result} of the runs that are not finished."""
+    rows = min(args.limit or len(data.rows), len(data.rows))
+    todo = {key: folder for key, folder in folders.items() if key not in finished}
+    if RANK == 0:
+        print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(todo)} runs to "
+                         f"train in {args.out}, {len(finished)} are finished"]))
+    steps = len(todo) * args.epochs * math.ceil(rows / args.batch_size)
+    with tqdm(total=steps, desc="all runs", unit="step", disable=RANK > 0 or None) as bar:
+        results = dict(run_all(args, load, train, data, todo, bar.update))
+    if WORLD > 1:
+        talk(torch.distributed.barrier)  # gloo's threads must be idle when Python ends
+        torch.distributed.destroy_process_group()
+    return results
 
 def require_ranks_that_fit(args, source):
     """add_lora's ValueError, before anything is written."""
