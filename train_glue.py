@@ -954,6 +954,8 @@ def parse_arguments(argv, doc, tasks, options):
     alone = [method for method in args.method if METHODS[method].alone]
     if WORLD > 1 and alone:
         fail(f"--method {alone[0]} reads the rows of a batch; expected one process, not {WORLD}")
+    if WORLD > 1 and args.jobs not in (1, defaults["jobs"]):
+        fail(f"--jobs is {args.jobs}; expected 1 beside {WORLD} processes, which share each run")
     try:
         if WORLD > 1:
             args.jobs = 1

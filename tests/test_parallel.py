@@ -333,10 +333,12 @@ def test_what_needs_the_whole_batch_is_refused(monkeypatch, capsys, tmp_path, na
     assert not os.listdir(tmp_path)
 
 
-def test_runs_side_by_side_are_those_of_one_process(monkeypatch):
-    for count, jobs in ((1, 2), (2, 1)):
-        monkeypatch.setattr(train_glue, "WORLD", count)
-        assert methods.parse(train_glue, ["--jobs", "2"])[0].jobs == jobs
+def test_runs_side_by_side_are_those_of_one_process(monkeypatch, capsys):
+    assert methods.parse(train_glue, ["--jobs", "7"])[0].jobs == 7
+    monkeypatch.setattr(train_glue, "WORLD", 2)
+    assert methods.parse(train_glue, [])[0].jobs == 1  # the demo's default is the cores
+    error = error_of(capsys, ["--jobs", "7"], partial(methods.parse, train_glue))
+    assert "--jobs is 7; expected 1 beside 2 processes" in error
 
 
 def test_torchrun(tmp_path, small_folders):
