@@ -38,13 +38,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
                     clip_perturbation_, lora_layers, lora_sam_step, lora_step, primary_parameters,
                     save_adapter)
-from model import (Transformer, as_list, checkpoint_files, encode_texts, load_tokenizer,
+from model import (Block, Transformer, as_list, checkpoint_files, encode_texts, load_tokenizer,
                    local_folder, naming, read_config, read_json, read_tensors, require,
                    require_room, save_pretrained, write_safetensors, write_text)
 
@@ -118,9 +120,11 @@ def forward_backward(args, model, data, batch):
     total, share = torch.zeros((), device=args.device), batch[RANK::WORLD]  # of this process
     if data.answers:
         count = sum(len(data.answers[label]) for *_, label in batch)
-    for start in range(0, len(share), size):
+    for start in range(0, len(batch[::WORLD]), size):
+        rows = share[start:start + size]
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-            loss = row_losses(model, data, share[start:start + size]).sum() / count
+            losses = row_losses(model, data, rows or batch[:1])  # --fsdp: all take as many passes
+            loss = losses[:len(rows)].sum() / count
         loss.backward()
         total = total + loss.detach()
     sum_over_processes([total], model)
@@ -133,9 +137,13 @@ def prepare(args, method, seed, build, folder, steps):
     Every method of a seed gets the same head and the same primary pairs.  With --resume all of it
     is as the last saved state has it."""
     torch.manual_seed(seed)  # head and adapters are drawn from it
-    model, auxiliary = build().to(args.device), METHODS[method].auxiliary
+    model, auxiliary = build(), METHODS[method].auxiliary
+    if not args.fsdp:
+        model.to(args.device)
     model.config.checkpointing = args.checkpointing
     layers, descent, ascent = METHODS[method].setup(args, model, auxiliary)
+    if args.fsdp:
+        shard(model, args.device)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = args.dropout
@@ -271,7 +279,8 @@ def predict(args, model, data, rows):
     device = torch.device(args.device)
     predictions = torch.zeros(len(rows), dtype=torch.int64, device=device)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # less padding
-    for start in range(0, len(order), 128)[RANK::WORLD]:
+    starts = range(0, len(order), 128)
+    for start in starts if args.fsdp else starts[RANK::WORLD]:
         part = order[start:start + 128]
         batch = [rows[i] for i in part]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -283,7 +292,8 @@ def predict(args, model, data, rows):
             else:
                 scores = logits_of(model, data, batch)
         predictions[part] = scores.argmax(1)
-    sum_over_processes([predictions])  # of the other processes' rows they are 0
+    if not args.fsdp:
+        sum_over_processes([predictions])  # of the other processes' rows they are 0
     return predictions.tolist()
 
 def evaluate(args, model, data):
@@ -528,6 +538,17 @@ def talk(operation, *arguments):
     except RuntimeError as error:  # another process has ended, and has said why
         raise ConnectionError(str(error).partition(". ")[0]) from None
 
+def shard(model, device):
+    """Deal the frozen weights of each block out to all processes (FSDP2): a block gathers its own
+    while it computes.  What is trained stays whole in every process."""
+    trained = {p for p in model.parameters() if p.requires_grad}
+    require(len(trained) < len(list(model.parameters())), "--fsdp deals out frozen weights; here "
+            "all are trained")
+    mesh = init_device_mesh(torch.device(device).type, (WORLD,))
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        fully_shard(block, mesh=mesh, ignored_params=trained)  # it goes to the device, alone
+    model.to(device)
+
 def require_one_model(model):
     """ValueError, which names a tensor, unless all processes have trained the same values."""
     sums = gathered({key: torch.hash_tensor(t).item() for key, t in trained_tensors(model).items()})
@@ -585,7 +606,7 @@ def finish_run(run, closure=None, files=()):
     closure: forward and backward on fixed rows, for loss_rise.  files: more, (name, text) each."""
     model, log, names = run.model, run.log, list(run.log[-1]["scores"])
     memory = peak_memory(run.args.device)  # the rise, which is measured next, needs more
-    rise = {"rise": loss_rise(run, closure)} if closure else {}
+    rise = {"rise": loss_rise(run, closure)} if closure and not run.args.fsdp else {}
     require_one_model(model)
     epochs = [{"epoch": row["epoch"], **row["scores"]} for row in log if "scores" in row]
     for row in epochs:
@@ -605,14 +626,16 @@ def finish_run(run, closure=None, files=()):
               "clipped_fraction": statistics.fmean(row.get("clipped", 0.0) for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log),
               "peak_memory_bytes": memory}
+    if lora_layers(model):
+        with tempfile.TemporaryDirectory() as scratch:  # all take part: sharded W0 is gathered
+            save_adapter(model, scratch if RANK > 0 else run.folder, model.module_names,
+                         write_safetensors)
     if RANK > 0:  # the first process writes
         return result
     lines = "".join(json.dumps(row) + "\n" for row in log)
     for name, text in (("log.jsonl", lines), *files):
         write_text(os.path.join(run.folder, name), text)
-    if lora_layers(model):
-        save_adapter(model, run.folder, model.module_names, write_safetensors)
-    else:
+    if not lora_layers(model):
         source = local_folder(run.args.model, run.args.revision)
         save_pretrained(model, os.path.join(run.folder, "model"), source, "float32")
     draw_curves([result], os.path.join(run.folder, "curves.png"))
@@ -909,6 +932,7 @@ OPTIONS = [  # of both scripts: group, name, one of KINDS or argparse's own word
     ("run", "device", str, "cuda" if torch.cuda.is_available() else "cpu", "where to train"),
     ("run", "bf16", bool, False, "autocast to bfloat16; GSM8K's base is kept in it too"),
     ("run", "checkpointing", bool, False, "compute each block twice, to save memory"),
+    ("run", "fsdp", bool, False, "deal the frozen weights out to torchrun's processes"),
     ("run", "jobs", int, 1, "runs at a time; above 1 each in a process of one thread"),
     ("run", "out", str, None, "folder of the results"),
     ("run", "save-every", int, None, "steps between saved states, and at each epoch's end"),
@@ -951,6 +975,8 @@ def parse_arguments(argv, doc, tasks, options):
         fail("--resume keeps finished runs, --overwrite deletes them; expected one of them")
     if len(args.rho) > 2:
         fail(f"--rho has {len(args.rho)} values; expected one or two")
+    if args.fsdp and WORLD == 1:
+        fail("--fsdp deals weights out to the processes of torchrun; there is one process")
     alone = [method for method in args.method if METHODS[method].alone]
     if WORLD > 1 and alone:
         fail(f"--method {alone[0]} reads the rows of a batch; expected one process, not {WORLD}")

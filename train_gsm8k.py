@@ -63,9 +63,11 @@ def forward_backward(args, model, data, batch):
     device, size = torch.device(args.device), args.micro_batch or len(batch)
     count = sum(len(answer) for _, answer, _ in batch)
     total, share = torch.zeros((), device=device), batch[RANK::WORLD]  # of this process
-    for start in range(0, len(share), size):
+    for start in range(0, len(batch[::WORLD]), size):
+        rows = share[start:start + size]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss = row_losses(model, data, share[start:start + size]).sum() / count
+            losses = row_losses(model, data, rows or batch[:1])  # --fsdp: all take as many passes
+            loss = losses[:len(rows)].sum() / count
         loss.backward()
         total = total + loss.detach()
     sum_over_processes([total], model)
@@ -107,7 +109,8 @@ def generate(args, model, data, prompts):
     device, ends, texts = torch.device(args.device), as_list(model.config.eos_id), []
     tokens = torch.zeros(len(prompts), args.max_new_tokens, dtype=torch.int64, device=device)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the largest batch first
-    for start in range(0, len(order), args.eval_batch_size)[RANK::WORLD]:
+    starts = range(0, len(order), args.eval_batch_size)
+    for start in starts if args.fsdp else starts[RANK::WORLD]:
         batch = order[start:start + args.eval_batch_size]
         length = max(len(prompts[i]) for i in batch)
         pads = [length - len(prompts[i]) for i in batch]
@@ -117,7 +120,8 @@ def generate(args, model, data, prompts):
             ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
             new = model.generate(ids, mask, args.max_new_tokens)
         tokens[batch, :new.shape[1]] = new
-    sum_over_processes([tokens])  # those of the other processes' prompts are 0
+    if not args.fsdp:
+        sum_over_processes([tokens])  # those of the other processes' prompts are 0
     for row in tokens.tolist():
         row = itertools.takewhile(lambda token: token not in ends, row)  # then comes padding
         texts.append(data.tokenizer.decode(list(row)))

@@ -142,6 +142,8 @@ def step_seed(run):
 def noise(run, tensors, stds):
     """N(0, std^2) of each tensor's shape, drawn by the seed and the step alone."""
     drawn, seed = [], step_seed(run)
+    if any(hasattr(t, "full_tensor") for t in tensors):
+        raise ValueError("this method perturbs W, which --fsdp deals out; expected no --fsdp")
     generators = {t.device: torch.Generator(t.device).manual_seed(seed) for t in tensors}
     for t, std in zip(tensors, stds):
         z = torch.randn(t.shape, generator=generators[t.device], device=t.device)
@@ -326,10 +328,10 @@ def losses_of(row_losses, args, model, data, batch):
     own, size, losses = [], args.micro_batch or len(batch), torch.zeros(len(batch)).double()
     share = slice(train_glue.RANK, None, train_glue.WORLD)  # of this process
     with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
-        for start in range(0, len(batch[share]), size):
+        for start in range(0, len(batch[::train_glue.WORLD]), size):
             part = batch[share][start:start + size]
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-                own += row_losses(model, data, part).tolist()
+                own += row_losses(model, data, part or batch[:1]).tolist()[:len(part)]
     losses[share] = torch.tensor(own).double()
     losses = losses.to(args.device)
     train_glue.sum_over_processes([losses])

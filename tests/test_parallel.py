@@ -23,7 +23,7 @@ import torch
 import train_glue
 import train_gsm8k
 from bilora import bilora_step, lora_layers, lora_sam_step, primary_parameters
-from model import Transformer
+from model import Transformer, read_safetensors
 from test_model import bert
 from test_steps import adapted, assert_close, closure_of, sgd_pair
 from test_text_to_text import ANSWERS, golden, prompts
@@ -224,6 +224,58 @@ def test_the_scripts_in_several_processes_equal_one(alone, tmp_path, small_folde
                 torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7, msg=name)
     assert "training rows" in (tmp_path / "out-0").read_text()
     assert not any((tmp_path / f"out-{rank}").read_text() for rank in range(1, count))
+
+
+def dealt_out(script, *argv):
+    """The command with --fsdp; the weights of the blocks are shares of them while it trains."""
+    whole, found = train_glue.shard, []
+
+    def noted(model, device):
+        before = sum(p.numel() for p in model.parameters())
+        whole(model, device)
+        after = sum((p.to_local() if hasattr(p, "to_local") else p).numel()
+                    for p in model.parameters())
+        frozen = [p for p in model.parameters() if hasattr(p, "full_tensor")]
+        assert frozen and not any(p.requires_grad for p in frozen)
+        found.append(before - after)
+    train_glue.shard = noted
+    in_float64(script, *argv, "--fsdp")
+    train_glue.shard = whole
+    assert len(found) == 2 and min(found) > 0
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_weights_dealt_out_change_nothing(alone, tmp_path, small_folders, count):
+    """FSDP's two processes, and three of which one has no rows, equal one that has all weights."""
+    jobs = []
+    for argv in commands(small_folders, tmp_path)[::2]:
+        at = argv.index("--method") + 1
+        end = next(i for i in range(at, len(argv)) if argv[i].startswith("--"))
+        jobs.append((dealt_out, *argv[:at], "lora-sam", "bi-lora", *argv[end:]))
+    codes = world(count, tmp_path, *jobs)
+    assert codes == [0] * count, (tmp_path / "out-0").read_text() + (tmp_path / "out-1").read_text()
+    for name in ("glue", "words"):
+        for method in ("lora-sam", "bi-lora"):
+            found, expected = (out / f"{name}/{method}-seed0" for out in (tmp_path, alone))
+            tensors, wanted = (read_safetensors(run / "adapter_model.safetensors")
+                               for run in (found, expected))
+            for key, tensor in wanted.items():
+                torch.testing.assert_close(tensors[key], tensor, rtol=1e-6, atol=1e-9, msg=key)
+            assert (found / "base_fingerprint.txt").read_text() == (
+                expected / "base_fingerprint.txt").read_text()
+            assert log_of(found)[-1]["scores"] == log_of(expected)[-1]["scores"]
+
+
+def test_weights_are_dealt_out_to_several_processes_alone(tmp_path, small_folders, capsys):
+    error = error_of(capsys, ["--fsdp", "--out", str(tmp_path)], train_glue.main)
+    assert "--fsdp deals weights out to the processes of torchrun; there is one process" in error
+    for words, reason in ((["--method", "full"], "--fsdp deals out frozen weights"),
+                          (["--method", "rwp-full"], "this method perturbs W, which --fsdp")):
+        argv = commands(small_folders, tmp_path / words[1])[0]
+        at = argv.index("--method")
+        argv = [*argv[:at], *words, *argv[argv.index("--out"):], "--fsdp"]
+        assert world(2, tmp_path, (methods.main, argv)) == [2, 2]
+        assert reason in (tmp_path / "out-0").read_text()
 
 
 def bi_lora(folder, out, *more):

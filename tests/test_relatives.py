@@ -368,8 +368,9 @@ def test_noise_in_place_of_the_ascent(batch, name):
 # ---------------------------------------------------------------------- what reads logits or rows
 
 def arguments(**more):
-    return SimpleNamespace(device="cpu", bf16=False, micro_batch=None, momentum=0.5, snapshots=0,
-                           init="default", dora=False, rslora=False, full_lr=None, **more)
+    return SimpleNamespace(device="cpu", bf16=False, fsdp=False, micro_batch=None, momentum=0.5,
+                           snapshots=0, init="default", dora=False, rslora=False, full_lr=None,
+                           **more)
 
 
 def script_run(kind, aux_rank=0, rho=0.3, targets=None):

@@ -36,7 +36,8 @@ ADAPTER = "adapter_model.safetensors"  # the file's name stands here alone
 PAPERS = ("lora", "lora-sam", "bi-lora")
 
 def arguments(**settings):
-    return SimpleNamespace(**{"device": "cpu", "bf16": False, "micro_batch": 3, **settings})
+    return SimpleNamespace(**{"device": "cpu", "bf16": False, "fsdp": False, "micro_batch": 3,
+                              **settings})
 
 def data_of(task, **settings):
     return SimpleNamespace(**{"task": TASKS[task], "answers": None, "pad_id": 0, **settings})

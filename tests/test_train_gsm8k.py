@@ -118,7 +118,7 @@ def test_the_loss_is_the_answers_alone_and_the_end_has_one():
     expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
     for micro_batch in (None, 1):
         model.zero_grad()
-        args = SimpleNamespace(device="cpu", bf16=False, micro_batch=micro_batch)
+        args = SimpleNamespace(device="cpu", bf16=False, fsdp=False, micro_batch=micro_batch)
         found.append(forward_backward(args, model, SimpleNamespace(pad_id=0), rows).item())
         for a, b in zip(expected_gradients, model.parameters()):
             torch.testing.assert_close(b.grad, a, rtol=1e-3, atol=1e-6)
