@@ -111,7 +111,8 @@ def train(args, method, seed, data, folder, progress):
         if args.save_every and (len(run.log) % args.save_every == 0 or "scores" in run.log[-1]):
             save_state(run)
         progress(1)
-    return finish_run(run, partial(forward_backward, args, run.model.eval(), data, rows[:128]))
+    few = SimpleNamespace(**{**vars(args), "micro_batch": args.micro_batch or args.batch_size})
+    return finish_run(run, partial(forward_backward, few, run.model.eval(), data, rows[:128]))
 
 def forward_backward(args, model, data, batch):
     """Mean loss over the batch's rows, or over their answers' tokens, 0-dim; its gradient adds up
@@ -203,7 +204,8 @@ def training_rows(args, data, seed):
 
 def loss_rise(run, closure, rho=0.05):
     """L(W + rho G / ||G||) - L(W) over all adapted W together, G = dL/dW: SAM's two passes, with an
-    optimizer that does not move the weights."""
+    optimizer that does not move the weights.  The base's weight is moved: with DoRA the norm of
+    the row too."""
     weights, losses = [layer.weight for layer in run.layers], []
     before = [weight.requires_grad for weight in weights]
 
@@ -606,8 +608,12 @@ def finish_run(run, closure=None, files=()):
     closure: forward and backward on fixed rows, for loss_rise.  files: more, (name, text) each."""
     model, log, names = run.model, run.log, list(run.log[-1]["scores"])
     memory = peak_memory(run.args.device)  # the rise, which is measured next, needs more
-    rise = {"rise": loss_rise(run, closure)} if closure and not run.args.fsdp else {}
     require_one_model(model)
+    if lora_layers(model):
+        with tempfile.TemporaryDirectory() as scratch:  # all take part: sharded W0 is gathered
+            save_adapter(model, scratch if RANK > 0 else run.folder, model.module_names,
+                         write_safetensors)
+    rise = {"rise": loss_rise(run, closure)} if closure and not run.args.fsdp else {}
     epochs = [{"epoch": row["epoch"], **row["scores"]} for row in log if "scores" in row]
     for row in epochs:
         row["loss"] = statistics.fmean(r["loss"] for r in log if r["epoch"] == row["epoch"])
@@ -626,10 +632,6 @@ def finish_run(run, closure=None, files=()):
               "clipped_fraction": statistics.fmean(row.get("clipped", 0.0) for row in log),
               "step_seconds": statistics.median(row["seconds"] for row in log),
               "peak_memory_bytes": memory}
-    if lora_layers(model):
-        with tempfile.TemporaryDirectory() as scratch:  # all take part: sharded W0 is gathered
-            save_adapter(model, scratch if RANK > 0 else run.folder, model.module_names,
-                         write_safetensors)
     if RANK > 0:  # the first process writes
         return result
     lines = "".join(json.dumps(row) + "\n" for row in log)

@@ -86,11 +86,11 @@ def gradient(losses, params):
 
 def filter_normalised(weights, generator):
     """A Gaussian direction each row of which is as long as the same row of the weight (Li et al.
-    2018, 1712.09913)."""
+    2018, 1712.09913).  A vector, such as DoRA's m, is one row."""
     directions = []
     for w in weights:
         d = torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
-        directions.append(d * w.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True))
+        directions.append(d * w.norm(dim=-1, keepdim=True) / d.norm(dim=-1, keepdim=True))
     return directions
 
 

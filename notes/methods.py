@@ -403,14 +403,22 @@ def head_logits(H, Z, y, rho, bias):
 def whole(args, model, auxiliary):
     """All weights of the model, in float32, and AdamW over them; the layers are those that LoRA
     would adapt."""
-    if args.init != "default" or args.dora or args.rslora:
-        raise ValueError("full fine-tuning has no adapters; expected no --init, --dora, --rslora")
+    require_adapters(args, ["full"])
     model.float().requires_grad_(True)
     linears = {name: module for name, module in model.named_modules()
                if isinstance(module, torch.nn.Linear)}
-    lr = args.full_lr or args.lr / (10 if model.encoder is None else 5)
+    lr = args.full_lr
+    if lr is None:
+        lr = args.lr / (10 if model.encoder is None else 5)
     descent = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     return [linears[name] for name in _targeted(list(linears), None)], descent, None
+
+def require_adapters(args, names):
+    """ValueError where an option speaks of adapters that a method does not have."""
+    if any(METHODS[name].setup is whole for name in names):
+        if args.init != "default" or args.dora or args.rslora:
+            raise ValueError("full fine-tuning has no adapters; expected no --init, --dora, "
+                             "--rslora")
 
 def full_sam(run, closure):
     """Plain SAM, over all weights."""
@@ -549,8 +557,15 @@ add({**METHODS,
 def parse(script, argv):
     """(arguments, fail) of a script, as its main reads them."""
     if script is train_glue:
-        return script.parse_arguments(argv, script.__doc__, script.SETTINGS, script.GLUE_OPTIONS)
-    return script.parse_arguments(argv, script.__doc__, script.TASKS, script.OPTIONS)
+        words = script.SETTINGS, script.GLUE_OPTIONS
+    else:
+        words = script.TASKS, script.OPTIONS
+    args, fail = script.parse_arguments(argv, script.__doc__, *words)
+    try:
+        require_adapters(args, args.method)
+    except ValueError as error:
+        fail(str(error))
+    return args, fail
 
 def builder(script, args, data):
     """The function that reads the pretrained model: what `prepare` calls `build`."""
@@ -566,7 +581,9 @@ def main(argv=None):
     argv = expanded(sys.argv[1:] if argv is None else argv)
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=SCRIPTS, help="whose options follow")
-    return SCRIPTS[parser.parse_args(argv[:1]).script].main(argv[1:])
+    script = SCRIPTS[parser.parse_args(argv[:1]).script]
+    parse(script, argv[1:])  # what cannot go together is refused before anything is trained
+    return script.main(argv[1:])
 
 if __name__ == "__main__":
     main()

@@ -22,7 +22,7 @@ import math
 import torch
 import torch.nn as nn
 
-from bilora import LoRALinear, _one_pass, _wide
+from bilora import LoRALinear, _one_pass, _whole, _wide
 
 
 class VariantLinear(LoRALinear):
@@ -34,9 +34,12 @@ class VariantLinear(LoRALinear):
         self.rslora = rslora
         if rslora:
             self.scale = alpha / math.sqrt(rank)
-        for name, p in (("start_B", self.lora_B), ("start_A", self.lora_A)):
-            self.register_buffer(name, torch.zeros_like(p.detach()) if start else None)
-        self.magnitude = nn.Parameter(self.row_norms(False)) if dora else None
+        with torch.inference_mode(False):  # as LoRALinear makes its pairs
+            for name, p in (("start_B", self.lora_B), ("start_A", self.lora_A)):
+                self.register_buffer(name, torch.zeros_like(p.detach()) if start else None)
+            self.magnitude = nn.Parameter(self.row_norms(False)) if dora else None
+        if dora and not self.magnitude.all():
+            raise ValueError("DoRA divides by the norm of each row of W0; one of them is 0")
 
     def pairs(self, training):
         found = super().pairs(training)
@@ -53,17 +56,17 @@ class VariantLinear(LoRALinear):
         out = super().forward(x)                                    # x V^T + bias
         if self.magnitude is None:
             return out
-        ratio = (self.magnitude / self.row_norms(self.training)).to(out.dtype)
-        out = ratio * out
-        if self.bias is None:
-            return out
-        return out + (1 - ratio) * self.bias.to(out.dtype)          # the bias has no magnitude
+        ratio = self.magnitude / self.row_norms(self.training)      # float32: it is near 1
+        scaled = ratio * out
+        if self.bias is not None:
+            scaled = scaled + (1 - ratio) * self.bias               # the bias has no magnitude
+        return scaled.to(out.dtype)
 
     def merged_weight(self, training=False, dtype=torch.float32):
         V = super().merged_weight(training, dtype)
         if self.magnitude is None:
             return V
-        return V * (self.magnitude / V.norm(dim=1))[:, None]
+        return V * (self.magnitude / V.detach().norm(dim=1))[:, None]
 
     def delta(self):
         """W - W0, (m, n)."""
@@ -78,8 +81,9 @@ class VariantLinear(LoRALinear):
         """As PEFT reads it on the original base: a start doubles the rank at the same scale."""
         tensors, settings = self.trained(), {"r": self.rank, "lora_alpha": self.alpha}
         if self.start_A is not None:
-            tensors["lora_B.weight"] = torch.cat([self.lora_B, self.start_B], dim=1).detach()
-            tensors["lora_A.weight"] = torch.cat([self.lora_A, -self.start_A]).detach()
+            B, A = _whole(self.lora_B), _whole(self.lora_A)  # gathered, if they are sharded
+            tensors["lora_B.weight"] = torch.cat([B, self.start_B.cpu()], dim=1)
+            tensors["lora_A.weight"] = torch.cat([A, -self.start_A.cpu()])
             alpha = math.sqrt(2) * self.alpha if self.rslora else 2 * self.alpha
             settings = {"r": 2 * self.rank, "lora_alpha": alpha}
         if self.rslora:
@@ -105,9 +109,16 @@ def start_(layer, B, A):
         p.copy_(value)
 
 
+def _require_starts(layers):
+    for layer in layers:
+        if getattr(layer, "start_A", None) is None:
+            raise ValueError("a layer has no place for a start; expected VariantLinear with start")
+
+
 @torch.no_grad()
 def pissa_(layers):
     """PiSSA: s B0 A0 is the best approximation of W0 of rank r."""
+    _require_starts(layers)
     for layer in layers:
         U, S, Vh = torch.linalg.svd(_wide(layer.weight), full_matrices=False)
         r = layer.rank
@@ -119,6 +130,7 @@ def lora_ga_(layers, closure, gamma=16):
     """LoRA-GA, from G = U S V^T, the gradient in W0 that closure() leaves: A0 is the first r rows
     of V^T, B0 the columns r + 1 to 2 r of U, both times m^(1/4) / sqrt(gamma), W being (m, n).
     gamma is the published code's.  The random stream goes on as if this had not been."""
+    _require_starts(layers)
     for layer in layers:
         shape = tuple(layer.weight.shape)
         if 2 * layer.rank > min(shape):
@@ -130,6 +142,8 @@ def lora_ga_(layers, closure, gamma=16):
     try:
         with torch.random.fork_rng({W.device for W in weights if W.is_cuda}):
             _one_pass("LoRA-GA", closure, torch.optim.SGD(weights, lr=0.0))
+        if any(W.grad is None for W in weights):
+            raise ValueError("LoRA-GA: the loss does not depend on every adapted layer")
         for layer in layers:
             U, _, Vh = torch.linalg.svd(_wide(layer.weight.grad), full_matrices=False)
             r, size = layer.rank, layer.out_features ** 0.25 / math.sqrt(gamma)

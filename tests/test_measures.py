@@ -84,11 +84,12 @@ def test_gradient_in_both_spaces(batch, space):
 
 
 def test_filter_normalised_directions():
-    weights = [torch.randn(4, 3, dtype=torch.float64), 5 * torch.randn(2, 6, dtype=torch.float64)]
+    weights = [torch.randn(4, 3, dtype=torch.float64), 5 * torch.randn(2, 6, dtype=torch.float64),
+               torch.randn(7, dtype=torch.float64)]  # a vector is one row
     one, two = (measures.filter_normalised(weights, torch.Generator().manual_seed(seed))
                 for seed in (1, 1))
     for d, e, w in zip(one, two, weights):
-        torch.testing.assert_close(d.norm(dim=1), w.norm(dim=1), **close)
+        torch.testing.assert_close(d.norm(dim=-1), w.norm(dim=-1), **close)
         assert torch.equal(d, e) and not torch.allclose(d, w)
     other = measures.filter_normalised(weights, torch.Generator().manual_seed(2))
     assert not torch.allclose(other[0], one[0])

@@ -850,7 +850,7 @@ def test_a_model_has_to_be_named(capsys):
     assert "--task mrpc needs --model" in error_of(capsys, ["--task", "mrpc", "--data", "data"])
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(glue_folder, monkeypatch):
-    nan = lambda logits, labels, **more: logits.sum() * math.nan
+    nan = lambda logits, labels, **more: logits.sum(1) * math.nan
     monkeypatch.setattr(train_glue.F, "cross_entropy", nan)
     with pytest.raises(SystemExit, match="^error: bi-lora, seed 3: .*step 1.*loss is nan[^\n]*$"):
         main([*RUN, "--method", "bi-lora", "--seeds", "3"])

@@ -128,6 +128,51 @@ def gradients_of(net, kind, batch, moves=None):
     return dict(zip(own, torch.autograd.grad(loss, list(own.values()))))
 
 
+def test_the_magnitude_is_not_rounded_to_half_precision():
+    """Its ratio to the norm is near 1, where bfloat16 has steps of 1/128."""
+    torch.manual_seed(0)
+    net, x = Net().bfloat16(), torch.randn(64, 6).bfloat16()
+    add_lora(net, 2, 6, layer=partial(VariantLinear, dora=True))
+    layer = net.first
+    with torch.no_grad():
+        before = layer(x).float() - layer.bias.float()
+        layer.magnitude.mul_(1.003)
+        after = layer(x).float() - layer.bias.float()
+    assert layer(x).dtype == torch.bfloat16
+    share = (after * before).sum() / before.square().sum()  # least squares over all entries
+    assert share.item() == pytest.approx(1.003, abs=1e-3)
+
+
+def test_what_has_no_place_for_a_start_is_refused(batch):
+    net = Net()
+    layers = add_lora(net, 2, 6, layer=VariantLinear)
+    before = snapshot(net)
+    for start in (pissa_, lambda layers: lora_ga_(layers, closure_of(net, batch))):
+        with pytest.raises(ValueError, match="no place for a start"):
+            start(layers)
+    net = Net()
+    net.last.weight.data[1] = 0
+    with pytest.raises(ValueError, match="norm of each row of W0; one of them is 0"):
+        add_lora(net, 2, 6, layer=partial(VariantLinear, dora=True))
+    assert before["first.lora_B"].abs().max() == 0
+
+
+def test_lora_ga_needs_every_layer():
+    net = Net().double()
+    layers = add_lora(net, 2, 6, layer=partial(VariantLinear, start=True))
+    net.double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+
+    def closure():
+        loss = net.first(x).square().mean()
+        loss.backward()
+        return loss
+    with pytest.raises(ValueError, match="does not depend on every adapted layer"):
+        lora_ga_(layers, closure)
+    assert not any(layer.start_A.any() for layer in layers)
+    assert not any(layer.weight.requires_grad for layer in layers)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_with_the_norm_as_a_constant(kind, batch):
     """As DoRA's section 4.3 has it; finite differences would see the norm move."""
@@ -407,6 +452,10 @@ def test_runs_of_both_methods_and_their_adapters(name, small_demos, tmp_path):
                      run.model.module_names, read_safetensors)
         scores = train_glue.evaluate(args, run.model, data)["scores"]
         assert scores["accuracy"] == result["metrics"]["accuracy"]
+        settings = read_json(tmp_path / f"{result['method']}-seed0" / "adapter_config.json")
+        assert settings.get("use_dora", False) == ("--dora" in words)
+        assert settings.get("use_rslora", False) == ("--rslora" in words)
+        assert settings["r"] == (8 if "--init" in words else 4)
         moved = [layer.delta().norm() for layer in run.layers]
         assert min(moved) > 0
         if "--init" in words:  # a step of a loaded run, as sharpness.py takes it, keeps the start
