@@ -1,9 +1,12 @@
-"""What a step asks of the device: kernels and waits, counted by torch.profiler.  No times.
+"""What a step asks of the device: kernels and waits, counted by torch.profiler.  No times.  And
+what several processes send each other, against sums by hand.
 
 Counts are of operators that compute or copy.  Views and what only Python sees are left out.  Two
 depths of one model are compared, so that what does not grow with the layers cancels.
 """
 
+import os
+import sys
 from collections import Counter
 
 import pytest
@@ -13,6 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from bilora import (add_lora, bilora_optimizers, bilora_step, lora_sam_step, lora_step,
                     primary_parameters)
+from model import Config
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
+import memory  # noqa: E402
+import traffic  # noqa: E402
 
 VIEWS = set("""t transpose permute view _unsafe_view reshape narrow slice select as_strided detach
     detach_ alias expand unsqueeze squeeze to promote_types lift_fresh empty empty_strided
@@ -87,3 +95,19 @@ def test_one_wait_a_pass(method, passes):
     waits = [event for event in events if event.name == "aten::_local_scalar_dense"
              and not any(name.startswith("Optimizer.step") for name in ancestors(event))]
     assert len(waits) == passes
+
+
+def test_what_processes_send():
+    """A model of two square matrices a block, by hand; and the bound operations over bytes."""
+    tiny = Config(vocab_size=7, d_model=4, d_ff=8, heads=1, decoder_layers=3, bias=False,
+                  qkv_bias=False, norm="rms", positions="rotary")
+    frozen, pairs = 3 * (4 * 4 * 4 + 2 * 4 * 8), 2 * 3 * (4 * (4 + 4) + 2 * (4 + 8))
+    parameters, _ = memory.adapted(tiny)
+    assert parameters == frozen + 7 * 4 + (3 * 2 + 1) * 4
+    for method, passes, both in (("lora", 1, 1), ("lora-sam", 2, 1), ("bi-lora", 1, 2)):
+        megabytes, gigabytes, few, many = traffic.traffic(tiny, method, 4, 2, 3e12, 1e9).values()
+        gradients, weights = 1.5 * 4 * both * pairs, 1.5 * 2 * frozen
+        assert megabytes == pytest.approx(passes * gradients / 1e6)
+        assert gigabytes == pytest.approx(passes * weights / 1e9)
+        assert few == pytest.approx(gradients / 1e9 / (4 * parameters / 3e12))
+        assert many == pytest.approx((gradients + weights) / 1e9 / (4 * parameters / 3e12))
