@@ -1,0 +1,72 @@
+"""What the code does on a GPU alone.  Skipped without one; note 7 lists the branches.
+
+Everything else runs the same lines on a CPU (tests/test_placement.py).
+"""
+
+import pytest
+import torch
+
+import train_glue
+from bilora import add_lora, bilora_optimizers, lora_sam_step
+from model import read_safetensors
+from test_steps import Net
+from train_glue import METHODS, main
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def command(out, *more):
+    return ["--method", "bi-lora", "--seeds", "0", "--limit", "64", "--batch-size", "16",
+            "--epochs", "2", "--jobs", "1", "--dropout", "0.2", "--save-every", "3", "--device",
+            "cuda", "--out", str(out), *more]
+
+
+def test_peak_memory_is_the_gpus(small_demos, tmp_path):
+    (run,) = main(command(tmp_path, "--bf16"))["results"]
+    assert 0 < run["peak_memory_bytes"] <= torch.cuda.get_device_properties(0).total_memory
+
+
+def test_optimizers_use_the_fused_kernel():
+    net = Net().cuda()
+    add_lora(net, 2, 4, aux_rank=2)
+    for optimizer in bilora_optimizers(net, 1e-3, ascent="adamw"):
+        assert optimizer.defaults["fused"]
+
+
+def test_both_passes_draw_the_same_masks_from_the_gpus_stream():
+    net, losses = Net(p=0.5).cuda().train(), []
+    add_lora(net, 2, 4)
+    descent, _ = bilora_optimizers(net, 1e-3)
+    x = torch.randn(8, 6, device="cuda")
+
+    def closure():
+        loss = net(x).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+    lora_sam_step(descent, closure, rho=0.0)
+    lora_sam_step(descent, closure, rho=0.0)
+    assert losses[0] == losses[1] and losses[2] == losses[3] and losses[0] != losses[2]
+
+
+def test_a_resumed_run_draws_the_gpus_next_masks(small_demos, tmp_path, monkeypatch):
+    main(command(tmp_path / "whole"))
+    step = METHODS["bi-lora"].step
+
+    def killed(run, closure):
+        if len(run.log) == 5:
+            raise KeyboardInterrupt
+        return step(run, closure)
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "bi-lora", METHODS["bi-lora"]._replace(step=killed))
+        with pytest.raises(SystemExit):
+            main(command(tmp_path / "killed"))
+    main(command(tmp_path / "killed", "--resume"))
+    whole, resumed = (read_safetensors(tmp_path / out / "bi-lora-seed0/adapter_model.safetensors")
+                      for out in ("whole", "killed"))
+    for key, tensor in whole.items():  # a GPU's sums may differ in their last bits
+        torch.testing.assert_close(resumed[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_the_demo_takes_one_run_at_a_time():
+    assert train_glue.JOBS == 1
