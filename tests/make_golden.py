@@ -218,12 +218,12 @@ def write_variants():
             theirs = peft.PeftModel.from_pretrained(model_class.from_pretrained(base), saved)
             rows = [model.eval()(row[None]) for row in ROWS]
             same(torch.cat(rows), logits_of(theirs.eval(), 0))
-    torch.save(expected, os.path.join(HERE, "variants", "expected.pt"))
+    torch.save(expected, os.path.join(HERE, "bert", "variants", "expected.pt"))
 
 
 def write_variant(name, base, targets, words):
     """The logits; and B0 A0 of one layer, with its s, where PEFT starts away from W0."""
-    folder, started = os.path.join(HERE, "variants", name), "init_lora_weights" in words
+    folder, started = os.path.join(HERE, "bert", "variants", name), "init_lora_weights" in words
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, **words)
     if name == "lora-ga":
         config.lora_ga_config = LoraGAConfig()

@@ -434,7 +434,8 @@ def test_what_a_run_leaves(compared, monkeypatch, method):
         rows = training_rows(args, data, run["seed"])
         closure = partial(forward_backward, args, model.eval(), data, rows)
         rise = train_glue.loss_rise(SimpleNamespace(layers=layers), closure)
-        assert run["metrics"]["rise"] == pytest.approx(rise, rel=1e-4)  # without auxiliary pairs
+        # without auxiliary pairs; a difference of float32 losses that are a thousand times as large
+        assert run["metrics"]["rise"] == pytest.approx(rise, rel=1e-3)
 
 def test_the_methods_of_a_seed_are_paired(compared):
     """Fresh adapters change nothing: the first batch's loss is the same.  Seeds differ."""

@@ -2,7 +2,7 @@
 
 Oracles: W written out in float64 from B, A, m, s and the start, with torch's autograd on it;
 numpy's singular value decomposition; and adapters that PEFT saved, with its logits
-(tests/golden/variants).
+(tests/golden/bert/variants).
 """
 
 import json
@@ -330,7 +330,7 @@ def test_another_kind_of_layer_is_refused(kind, key, tmp_path):
         load_adapter(variant(kind), tmp_path / "plain")
 
 
-EXPECTED = torch.load(os.path.join(GOLDEN, "variants", "expected.pt"), weights_only=True)
+EXPECTED = torch.load(os.path.join(GOLDEN, "bert", "variants", "expected.pt"), weights_only=True)
 
 
 @pytest.mark.parametrize("name, words", [("rslora", dict(rslora=True)), ("dora", dict(dora=True)),
@@ -344,7 +344,7 @@ def test_pefts_adapters_give_pefts_logits(name, words):
         add_lora(model, 4, 12, targets=targets)
     else:
         add_lora(model, 2, 6, targets=targets, layer=partial(VariantLinear, **words))
-    load_adapter(model, os.path.join(GOLDEN, "variants", name), model.module_names,
+    load_adapter(model, os.path.join(GOLDEN, "bert", "variants", name), model.module_names,
                  read_safetensors)
     rows = torch.load(os.path.join(GOLDEN, "bert", "expected.pt"), weights_only=True)
     found = torch.cat([model.eval()(row[None]) for row in rows["rows"]])
