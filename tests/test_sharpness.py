@@ -407,3 +407,14 @@ def test_wrong_input_is_one_line(argv, named, capsys, folder):
         argv = [*argv, "--parts", "d"]
     assert named in error_of(capsys, [*argv, "--out", "nothing"], sharpness.main)
     assert not os.path.exists("nothing")
+
+
+def test_runs_without_adapters_are_left_out_by_name(tmp_path, capsys):
+    for name, files in (("lora", ("adapter_config.json",)), ("full", ())):
+        (tmp_path / name).mkdir()
+        for file in ("log.jsonl", "metrics.json", *files):
+            (tmp_path / name / file).write_text("{}")
+    assert sharpness.run_folders(str(tmp_path)) == [str(tmp_path / "lora")]
+    assert "full: left out; it has no adapter" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no finished run"):
+        sharpness.run_folders(str(tmp_path / "full"))
