@@ -606,35 +606,17 @@ def load_state(run):
 def finish_run(run, closure=None, files=()):
     """Write the files of a finished run; metrics.json is written last: it marks it as finished.
     closure: forward and backward on fixed rows, for loss_rise.  files: more, (name, text) each."""
-    model, log, names = run.model, run.log, list(run.log[-1]["scores"])
-    memory = peak_memory(run.args.device)  # the rise, which is measured next, needs more
+    model, memory = run.model, peak_memory(run.args.device)  # the rise, measured next, needs more
     require_one_model(model)
     if lora_layers(model):
         with tempfile.TemporaryDirectory() as scratch:  # all take part: sharded W0 is gathered
             save_adapter(model, scratch if RANK > 0 else run.folder, model.module_names,
                          write_safetensors)
     rise = {"rise": loss_rise(run, closure)} if closure and not run.args.fsdp else {}
-    epochs = [{"epoch": row["epoch"], **row["scores"]} for row in log if "scores" in row]
-    for row in epochs:
-        row["loss"] = statistics.fmean(r["loss"] for r in log if r["epoch"] == row["epoch"])
-    best = max(epochs, key=lambda row: row[names[0]])
-    head = [] if model.classifier is None else list(model.classifier.parameters())
-    groups = {"primary": primary_parameters(model), "auxiliary": auxiliary_parameters(model),
-              "head": head}
-    listed = {p for group in groups.values() for p in group}
-    groups["base"] = [p for p in model.parameters() if p.requires_grad and p not in listed]
-    result = {"method": run.method, "seed": run.seed,
-              "config": read_json(os.path.join(run.folder, "config.json")),
-              "parameters": {name: sum(p.numel() for p in group) for name, group in groups.items()},
-              "metrics": log[-1]["scores"] | {f"best_{name}": best[name] for name in names} | rise,
-              "predicted": log[-1].get("predicted"), "best_epoch": best["epoch"], "epochs": epochs,
-              "rho": run.rho,
-              "clipped_fraction": statistics.fmean(row.get("clipped", 0.0) for row in log),
-              "step_seconds": statistics.median(row["seconds"] for row in log),
-              "peak_memory_bytes": memory}
+    result = result_of(run, rise, memory)
     if RANK > 0:  # the first process writes
         return result
-    lines = "".join(json.dumps(row) + "\n" for row in log)
+    lines = "".join(json.dumps(row) + "\n" for row in run.log)
     for name, text in (("log.jsonl", lines), *files):
         write_text(os.path.join(run.folder, name), text)
     if not lora_layers(model):
@@ -645,6 +627,28 @@ def finish_run(run, closure=None, files=()):
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(run.folder, "state.pt"))
     return result
+
+def result_of(run, rise, memory):
+    """What is in the run's metrics.json."""
+    model, log, names = run.model, run.log, list(run.log[-1]["scores"])
+    epochs = [{"epoch": row["epoch"], **row["scores"]} for row in log if "scores" in row]
+    for row in epochs:
+        row["loss"] = statistics.fmean(r["loss"] for r in log if r["epoch"] == row["epoch"])
+    best = max(epochs, key=lambda row: row[names[0]])
+    head = [] if model.classifier is None else list(model.classifier.parameters())
+    groups = {"primary": primary_parameters(model), "auxiliary": auxiliary_parameters(model),
+              "head": head}
+    listed = {p for group in groups.values() for p in group}
+    groups["base"] = [p for p in model.parameters() if p.requires_grad and p not in listed]
+    return {"method": run.method, "seed": run.seed,
+            "config": read_json(os.path.join(run.folder, "config.json")),
+            "parameters": {name: sum(p.numel() for p in group) for name, group in groups.items()},
+            "metrics": log[-1]["scores"] | {f"best_{name}": best[name] for name in names} | rise,
+            "predicted": log[-1].get("predicted"), "best_epoch": best["epoch"], "epochs": epochs,
+            "rho": run.rho,
+            "clipped_fraction": statistics.fmean(row.get("clipped", 0.0) for row in log),
+            "step_seconds": statistics.median(row["seconds"] for row in log),
+            "peak_memory_bytes": memory}
 
 def peak_memory(device):
     """Bytes: allocated on a GPU; on a CPU the process's largest resident size, on Linux."""
@@ -971,8 +975,13 @@ def parse_arguments(argv, doc, tasks, options):
     args.defaults, args.own_radii = defaults, args.rho is defaults["rho"]  # no --rho was given
     defaults["own_radii"] = args.own_radii  # a run that is older than this setting has it
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
+    require_possible(args, fail)
+    return args, fail
+
+def require_possible(args, fail):
+    """What argparse does not see: options that exclude each other, a device that is not there."""
     if not args.model:
-        fail(f"--task {task} needs --model, a folder or the id of a model on the hub")
+        fail(f"--task {args.task} needs --model, a folder or the id of a model on the hub")
     if args.resume and args.overwrite:
         fail("--resume keeps finished runs, --overwrite deletes them; expected one of them")
     if len(args.rho) > 2:
@@ -982,7 +991,7 @@ def parse_arguments(argv, doc, tasks, options):
     alone = [method for method in args.method if METHODS[method].alone]
     if WORLD > 1 and alone:
         fail(f"--method {alone[0]} reads the rows of a batch; expected one process, not {WORLD}")
-    if WORLD > 1 and args.jobs not in (1, defaults["jobs"]):
+    if WORLD > 1 and args.jobs not in (1, args.defaults["jobs"]):
         fail(f"--jobs is {args.jobs}; expected 1 beside {WORLD} processes, which share each run")
     try:
         if WORLD > 1:
@@ -992,7 +1001,6 @@ def parse_arguments(argv, doc, tasks, options):
         torch.ones(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
-    return args, fail
 
 SETTINGS = {name: task.settings for name, task in TASKS.items()}
 GLUE_OPTIONS = [("task", "label-noise", SHARE, 0.0, "share of the training labels replaced"),
