@@ -279,13 +279,15 @@ def test_one_step_of_every_method_written_out(kind, method, batch):
 def test_wrong_words(small_demos, tmp_path, capsys):
     for words, message in ((["--init", "lora-ga", "--rank", "60", "--aux-rank", "4"],
                             "LoRA-GA takes 2 r singular vectors; rank is 60"),
-                           (["--method", "full", "--dora"], "full fine-tuning has no adapters")):
+                           (["--method", "lora", "full", "--dora"],
+                            "full fine-tuning has no adapters")):
         with pytest.raises(SystemExit) as stop:
             methods.main(["train_glue.py", "--limit", "32", "--jobs", "1", "--seeds", "0", "--out",
                           str(tmp_path / words[0].strip("-")), *words])
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
+    assert not (tmp_path / "method").exists()  # nothing was trained
 
 
 @pytest.mark.parametrize("kind", KINDS)
