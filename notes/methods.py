@@ -142,13 +142,16 @@ def step_seed(run):
 def noise(run, tensors, stds):
     """N(0, std^2) of each tensor's shape, drawn by the seed and the step alone."""
     drawn, seed = [], step_seed(run)
-    if any(hasattr(t, "full_tensor") for t in tensors):
-        raise ValueError("this method perturbs W, which --fsdp deals out; expected no --fsdp")
+    require_whole(tensors)
     generators = {t.device: torch.Generator(t.device).manual_seed(seed) for t in tensors}
     for t, std in zip(tensors, stds):
         z = torch.randn(t.shape, generator=generators[t.device], device=t.device)
         drawn.append((std * z).to(t.dtype))
     return drawn
+
+def require_whole(tensors):
+    if any(hasattr(t, "full_tensor") for t in tensors):
+        raise ValueError("this method perturbs W, which --fsdp deals out; expected no --fsdp")
 
 def gradients(params):
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
@@ -206,6 +209,7 @@ def flat_lora(run, closure):
     f rho ||W_i|| / sqrt(n), W the merged weight, f = (1 - cos(pi t / T)) / 2 at step t of T."""
     f = (1 - math.cos(math.pi * len(run.log) / run.steps)) / 2
     weights, stds = [layer.weight for layer in run.layers], []
+    require_whole(weights)
     with torch.no_grad():
         for layer in run.layers:
             W = layer.merged_weight()

@@ -137,6 +137,8 @@ def lora_ga_(layers, closure, gamma=16):
             raise ValueError(f"LoRA-GA takes 2 r singular vectors; rank is {layer.rank}, a layer "
                              f"of shape {shape} has {min(shape)}")
     weights = [layer.weight for layer in layers]
+    if any(hasattr(W, "full_tensor") for W in weights):
+        raise ValueError("LoRA-GA needs the gradient of W0, which is sharded; expected no --fsdp")
     for W in weights:
         W.requires_grad_(True)
     try:

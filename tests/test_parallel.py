@@ -270,7 +270,10 @@ def test_weights_are_dealt_out_to_several_processes_alone(tmp_path, small_folder
     error = error_of(capsys, ["--fsdp", "--out", str(tmp_path)], train_glue.main)
     assert "--fsdp deals weights out to the processes of torchrun; there is one process" in error
     for words, reason in ((["--method", "full"], "--fsdp deals out frozen weights"),
-                          (["--method", "rwp-full"], "this method perturbs W, which --fsdp")):
+                          (["--method", "rwp-full"], "this method perturbs W, which --fsdp"),
+                          (["--method", "flat-lora"], "this method perturbs W, which --fsdp"),
+                          (["--method", "lora", "--init", "lora-ga", "--rank", "2"],
+                           "LoRA-GA needs the gradient of W0")):
         argv = commands(small_folders, tmp_path / words[1])[0]
         at = argv.index("--method")
         argv = [*argv[:at], *words, *argv[argv.index("--out"):], "--fsdp"]

@@ -432,10 +432,10 @@ def test_what_a_run_leaves(compared, monkeypatch, method):
         load_adapter(model, str(own), model.module_names, read_safetensors)
         assert model.encoder.blocks[0].attention.q.lora_B.any()
         rows = training_rows(args, data, run["seed"])
-        closure = partial(forward_backward, args, model.eval(), data, rows)
+        parts = arguments(micro_batch=args.micro_batch or args.batch_size)
+        closure = partial(forward_backward, parts, model.eval(), data, rows)
         rise = train_glue.loss_rise(SimpleNamespace(layers=layers), closure)
-        # without auxiliary pairs; a difference of float32 losses that are a thousand times as large
-        assert run["metrics"]["rise"] == pytest.approx(rise, rel=1e-3)
+        assert run["metrics"]["rise"] == pytest.approx(rise, rel=1e-4)  # without auxiliary pairs
 
 def test_the_methods_of_a_seed_are_paired(compared):
     """Fresh adapters change nothing: the first batch's loss is the same.  Seeds differ."""
