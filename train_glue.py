@@ -101,7 +101,6 @@ def train(args, method, seed, data, folder, progress):
         closure = partial(forward_backward, args, run.model.train(), data, batch)
         begin, lr = time.perf_counter(), run.schedules[0].get_last_lr()[0]
         logged = METHODS[method].step(run, closure)
-        logged = {key: float(value) for key, value in logged.items()}  # waits for the device
         seconds = time.perf_counter() - begin
         for schedule in run.schedules:
             schedule.step()
@@ -230,10 +229,17 @@ def build_model(data):
     model.config.labels = data.names  # what save_pretrained writes
     return model
 
+def on_device(numbers, device):
+    """A tensor of int64.  A GPU copies it while the host goes on: from pinned memory."""
+    tensor = torch.tensor(numbers)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
 def pad_rows(rows, fill, device):
     """(B, L) int64, each row filled up on the right to the longest."""
     length = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
+    return on_device([[*row, *[fill] * (length - len(row))] for row in rows], device)
 
 def logits_of(model, data, batch):
     """(B, classes) of an encoder with a head; float32."""
@@ -248,7 +254,7 @@ def row_losses(model, data, batch):
     if data.answers:
         answers = [data.answers[label] for label in labels]
         return answer_losses(model, [row[0] for row in batch], answers, data.pad_id, device)
-    labels = torch.tensor(labels, device=device)
+    labels = on_device(labels, device)
     return F.cross_entropy(logits_of(model, data, batch), labels, reduction="none")
 
 def answer_losses(model, prompts, answers, pad_id, device):
@@ -262,8 +268,8 @@ def answer_losses(model, prompts, answers, pad_id, device):
     ids = pad_rows(read, pad_id, device)                                                # (B, T)
     places = [(i, len(start) - 1 + j) for i, (start, answer) in enumerate(zip(before, answers))
               for j in range(len(answer))]
-    keep = tuple(torch.tensor(places, device=device).T)     # rows and columns of N answers' tokens
-    labels = torch.tensor(sum(answers, []), device=device)                              # (N,)
+    keep = tuple(on_device(places, device).T)               # rows and columns of N answers' tokens
+    labels = on_device(sum(answers, []), device)                                        # (N,)
     mask = pad_rows([[1] * len(row) for row in (prompts if alone else read)], 0, device)
     if alone:
         h = model.hidden(pad_rows(prompts, pad_id, device), mask, decoder_input_ids=ids)
@@ -570,8 +576,14 @@ def parts_of(run):
     """What has a state_dict of its own, in a fixed order."""
     return [part for part in (run.descent, run.ascent, *run.schedules) if part]
 
+def read_log(run):
+    """Make numbers of the log's tensors: only here does the host wait for them."""
+    for row in run.log:
+        row |= {key: float(value) for key, value in row.items() if torch.is_tensor(value)}
+
 def save_state(run):
     """All that the rest of the run depends on, in the run folder's state.pt."""
+    read_log(run)
     path, cuda = os.path.join(run.folder, "state.pt"), torch.cuda.is_available()
     require_one_model(run.model)
     drawn = gathered([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])])
@@ -606,6 +618,7 @@ def load_state(run):
 def finish_run(run, closure=None, files=()):
     """Write the files of a finished run; metrics.json is written last: it marks it as finished.
     closure: forward and backward on fixed rows, for loss_rise.  files: more, (name, text) each."""
+    read_log(run)
     model, memory = run.model, peak_memory(run.args.device)  # the rise, measured next, needs more
     require_one_model(model)
     if lora_layers(model):

@@ -44,7 +44,6 @@ def train(args, method, seed, data, folder, progress):
         closure = partial(forward_backward, args, run.model.train(), data, batch)
         begin, lr = time.perf_counter(), run.schedules[0].get_last_lr()[0]
         logged = METHODS[method].step(run, closure)
-        logged = {key: float(value) for key, value in logged.items()}  # waits for the device
         seconds = time.perf_counter() - begin
         for schedule in run.schedules:
             schedule.step()

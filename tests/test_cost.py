@@ -14,9 +14,12 @@ import torch
 import torch.nn as nn
 from torch.profiler import ProfilerActivity, profile
 
+import train_glue
+import train_gsm8k
 from bilora import (add_lora, bilora_optimizers, bilora_step, lora_sam_step, lora_step,
                     primary_parameters)
 from model import Config
+from train_glue import METHODS
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 import memory  # noqa: E402
@@ -87,14 +90,17 @@ def test_kernels_per_layer():
     assert sam - 2 * lora <= 8  # for each of two tensors: keep, add eps, put back, and one more
 
 
+def waits(events):
+    """Where the host reads a number, but for AdamW's own counters: they lie on the CPU wherever the
+    weights are."""
+    return [event for event in events if event.name == "aten::_local_scalar_dense"
+            and not any(name.startswith("Optimizer.step") for name in ancestors(event))]
+
+
 @pytest.mark.parametrize("method, passes", [("lora", 1), ("lora-sam", 2), ("bi-lora", 1)])
 def test_one_wait_a_pass(method, passes):
-    """For the check of loss and gradient; none in norms, clip or ascent.  AdamW on a CPU reads its
-    own counters, which lie on the CPU wherever the weights are."""
-    events = events_of(method, 3)
-    waits = [event for event in events if event.name == "aten::_local_scalar_dense"
-             and not any(name.startswith("Optimizer.step") for name in ancestors(event))]
-    assert len(waits) == passes
+    """For the check of loss and gradient; none in norms, clip or ascent."""
+    assert len(waits(events_of(method, 3))) == passes
 
 
 def test_what_processes_send():
@@ -111,3 +117,22 @@ def test_what_processes_send():
         assert gigabytes == pytest.approx(passes * weights / 1e9)
         assert few == pytest.approx(gradients / 1e9 / (4 * parameters / 3e12))
         assert many == pytest.approx((gradients + weights) / 1e9 / (4 * parameters / 3e12))
+
+
+@pytest.mark.parametrize("script", [train_glue, train_gsm8k])
+@pytest.mark.parametrize("method, passes", [("lora", 1), ("lora-sam", 2), ("bi-lora", 1)])
+def test_the_loop_waits_in_the_passes_alone(small_demos, tmp_path, monkeypatch, script, method,
+                                            passes):
+    """From the beginning of one step to that of the next: the log's numbers are read later."""
+    whole, found = METHODS[method].step, profile(activities=[ProfilerActivity.CPU])
+
+    def watched(run, closure):
+        if len(run.log) == 2:
+            found.start()
+        if len(run.log) == 3:
+            found.stop()
+        return whole(run, closure)
+    monkeypatch.setitem(METHODS, method, METHODS[method]._replace(step=watched))
+    script.main(["--method", method, "--seeds", "0", "--limit", "40", "--batch-size", "8",
+                 "--epochs", "1", "--jobs", "1", "--device", "cpu", "--out", str(tmp_path)])
+    assert len(waits(found.events())) == passes

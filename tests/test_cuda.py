@@ -70,3 +70,13 @@ def test_a_resumed_run_draws_the_gpus_next_masks(small_demos, tmp_path, monkeypa
 
 def test_the_demo_takes_one_run_at_a_time():
     assert train_glue.JOBS == 1
+
+
+def test_a_batch_is_copied_while_the_host_goes_on():
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")  # a wait for the GPU is an error
+    try:
+        found = train_glue.pad_rows([[1, 2], [3]], 0, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert found.tolist() == [[1, 2], [3, 0]] and found.is_cuda
