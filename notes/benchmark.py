@@ -180,6 +180,14 @@ def time_rows(steps, options):
     return seconds
 
 
+def machine(device):
+    """What the steps ran on, in words."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} threads, torch {torch.__version__}"
+
+
 def memory_alone(name, argv):
     command = [sys.executable, os.path.abspath(__file__), *argv, "--memory-of", name]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -239,13 +247,10 @@ def main(argv=None):
     steps, left_out = steps_of(names, options)
     if FIRST in left_out:
         raise SystemExit(f"{FIRST}: {left_out[FIRST]}")
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if torch.device(options.device).type == "cuda":
-        machine = torch.cuda.get_device_name()
     seconds = time_rows(steps, options)
     print(f"{options.model or options.shape}, {options.layers or 'all'} layers, batch "
           f"{options.batch_size} x {options.length}, rank {options.rank}, bf16 {options.bf16}, "
-          f"{options.rounds} rounds; {machine}, torch {torch.__version__}")
+          f"{options.rounds} rounds; {machine(options.device)}")
     print(f"{'method':<18} {'s/step':<8} {'/ ' + FIRST:<8} {'middle half':<16} peak MiB")
     for name in names:
         if name in left_out:
@@ -254,7 +259,7 @@ def main(argv=None):
         else:
             report[name] = measured(name, seconds, argv)
     if options.out:
-        result = {"config": vars(options), "machine": machine, "methods": report}
+        result = {"config": vars(options), "machine": machine(options.device), "methods": report}
         write_text(options.out, json.dumps(result, indent=2))
     return report
 

@@ -315,20 +315,27 @@ def test_killed_processes_go_on_with_the_same_bits(tmp_path, small_folders):
     assert runs[0] == runs[1]
 
 
+def glue_in_float64(argv):
+    in_float64("train_glue.py", *argv)
+
+
 def test_another_number_of_processes_goes_on(tmp_path, small_folders):
-    """Two, then one, then three, to the rounding of float32."""
-    whole, parts = (bi_lora(small_folders[0], tmp_path / out) for out in ("whole", "parts"))
-    whole[0](whole[1])
-    resumed = [*parts[1], "--resume"]
-    assert world(2, tmp_path, (fails, None, 0, 4, *parts)) == [-signal.SIGKILL, 2]
+    """Two, then one, then three."""
+    whole, parts = (bi_lora(small_folders[0], tmp_path / out)[1] for out in ("whole", "parts"))
+    glue_in_float64(whole)
+    resumed = [*parts, "--resume"]
+    assert world(2, tmp_path, (fails, None, 0, 4, glue_in_float64, parts)) == [-signal.SIGKILL, 2]
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_glue, "forward_backward", train_glue.forward_backward)
-        fails(KeyboardInterrupt(), 0, 2, parts[0], resumed)
+        fails(KeyboardInterrupt(), 0, 2, glue_in_float64, resumed)
     assert len(torch.load(tmp_path / "parts/bi-lora-seed0/state.pt")["log"]) == 4
-    assert world(3, tmp_path, [parts[0], resumed]) == [0] * 3
-    logs = [[row["loss"] for row in log_of(tmp_path / out / "bi-lora-seed0")]
-            for out in ("whole", "parts")]
-    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    assert world(3, tmp_path, [glue_in_float64, resumed]) == [0] * 3
+    runs = [tmp_path / out / "bi-lora-seed0" for out in ("whole", "parts")]
+    losses = [[row["loss"] for row in log_of(run)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    expected, found = (read_safetensors(run / "adapter_model.safetensors") for run in runs)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-9, msg=key)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
