@@ -5,6 +5,7 @@
     python notes/benchmark.py --bf16 --method all            # every method of methods.py
     python notes/benchmark.py --bf16 --model DIR --peft      # a checkpoint; PEFT's layers too
     python notes/benchmark.py --bf16 --dora                  # what else there is: of the script
+    python notes/benchmark.py --bf16 --profile               # where the time goes, by operator
 
 An encoder takes the step of train_glue.py.  So does an encoder-decoder, with answers in text.  A
 decoder alone takes that of train_gsm8k.py; half of each of its rows is the answer.  Two more rows,
@@ -31,6 +32,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch.profiler import profile
 
 import methods
 import train_glue
@@ -194,6 +196,24 @@ def memory_alone(name, argv):
     return json.loads(printed.splitlines()[-1])
 
 
+def profiled(steps, rounds=5, rows=12):
+    """Print the operators that take longest, in milliseconds a step of each row."""
+    times, together = {}, {}
+    for name, step in steps.items():
+        with profile() as found:
+            for _ in range(rounds):
+                step()
+        for event in found.key_averages():
+            spent = event.self_cpu_time_total + event.self_device_time_total
+            times.setdefault(event.key, {})[name] = spent / 1000 / rounds
+        together[name] = sum(own.get(name, 0.0) for own in times.values())
+    longest = sorted(times.items(), key=lambda item: -max(item[1].values()))[:rows]
+    print("".join(f"{word:<26}" for word in ("ms a step", *steps)))
+    for key, own in [*longest, ("together", together)]:
+        numbers = "".join(f"{own.get(name, 0.0):<26.1f}" for name in steps)
+        print(f"{key:<26}{numbers}")
+
+
 def measured(name, seconds, argv):
     """The row's numbers, which are printed too."""
     ratios = [b / a for a, b in zip(seconds[FIRST], seconds[name])]
@@ -221,6 +241,8 @@ def parse_arguments(argv):
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS)[:3],
                         help="beside the table's first one (default: %(default)s; all: every one)")
     parser.add_argument("--peft", action="store_true", help="time PEFT's LoRA as well")
+    parser.add_argument("--profile", action="store_true",
+                        help="print the operators that take longest, and time nothing else")
     parser.add_argument("--memory-of", choices=(*METHODS, *OTHERS), help=argparse.SUPPRESS)
     for name, default, text in (("rounds", 40, ""), ("warmup", 3, "rounds not counted "),
                                 ("batch-size", 32, ""), ("length", 64, "longest row, tokens "),
@@ -247,6 +269,8 @@ def main(argv=None):
     steps, left_out = steps_of(names, options)
     if FIRST in left_out:
         raise SystemExit(f"{FIRST}: {left_out[FIRST]}")
+    if options.profile:
+        return profiled(steps)
     seconds = time_rows(steps, options)
     print(f"{options.model or options.shape}, {options.layers or 'all'} layers, batch "
           f"{options.batch_size} x {options.length}, rank {options.rank}, bf16 {options.bf16}, "
