@@ -84,10 +84,14 @@ class LoRALinear(nn.Module):
         if len(pairs) > 1:  # two pairs are one pair of rank r + r2
             B, A = torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs])
         rows = x.reshape(-1, x.shape[-1])                           # (rows, n)
-        out = F.linear(rows, self.weight, self.bias)                # (rows, m)
+        out = self.frozen(rows)                                     # (rows, m)
         low = F.linear(rows, A.to(rows.dtype)).to(out.dtype)        # (rows, r + r2)
         out = torch.addmm(out, low, B.to(out.dtype).t(), alpha=self.scale)  # + s (x A^T) B^T
         return out.view(*x.shape[:-1], self.out_features)
+
+    def frozen(self, rows):
+        """x W0^T + bias, the product that an adapter is added to."""
+        return F.linear(rows, self.weight, self.bias)
 
     def merged_weight(self, training=False, dtype=torch.float32):
         """W of the forward pass in eval mode, or in training mode; (m, n), in dtype or wider."""
