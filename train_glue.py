@@ -625,7 +625,9 @@ def finish_run(run, closure=None, files=()):
         with tempfile.TemporaryDirectory() as scratch:  # all take part: sharded W0 is gathered
             save_adapter(model, scratch if RANK > 0 else run.folder, model.module_names,
                          write_safetensors)
-    rise = {"rise": loss_rise(run, closure)} if closure and not run.args.fsdp else {}
+    whole = all(isinstance(layer.weight, torch.nn.Parameter) for layer in run.layers)
+    measurable = closure and whole and not run.args.fsdp  # W0 can be moved
+    rise = {"rise": loss_rise(run, closure)} if measurable else {}
     result = result_of(run, rise, memory)
     if RANK > 0:  # the first process writes
         return result

@@ -40,6 +40,7 @@ from bilora import (LoRALinear, _one_pass, _parameters, _perturbed_layers,  # no
                     clip_perturbation_, lora_sam_step, lora_step, perturbation_norm,
                     primary_parameters)
 from measures import moved  # noqa: E402
+from quantized import NF4Linear  # noqa: E402
 from train_glue import (METHODS, OPTIONS, SHARE, Method, Parser, number,  # noqa: E402
                         trained_tensors)
 from variants import VariantLinear, lora_ga_, pissa_  # noqa: E402
@@ -51,6 +52,7 @@ OPTIONS += [
      "start of the primary pairs (notes/variants.py)"),
     ("method", "dora", bool, False, "train the norms of W's rows beside the pairs"),
     ("method", "rslora", bool, False, "the scale is alpha / sqrt(rank)"),
+    ("method", "nf4", bool, False, "keep the adapted W0 in 4 bits (notes/quantized.py)"),
     ("method", "full-lr", float, None, "of full fine-tuning (default: lr / 5, and lr / 10 for a "
      "decoder alone, as in the paper)"),
     ("method", "momentum", SHARE, 0.5, "of bi-lora-power: share of the old perturbation"),
@@ -152,6 +154,8 @@ def noise(run, tensors, stds):
 def require_whole(tensors):
     if any(hasattr(t, "full_tensor") for t in tensors):
         raise ValueError("this method perturbs W, which --fsdp deals out; expected no --fsdp")
+    if not all(isinstance(t, torch.nn.Parameter) for t in tensors):  # made anew at each call
+        raise ValueError("this method perturbs W, which --nf4 keeps in 4 bits; expected no --nf4")
 
 def gradients(params):
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
@@ -418,11 +422,16 @@ def whole(args, model, auxiliary):
     return [linears[name] for name in _targeted(list(linears), None)], descent, None
 
 def require_adapters(args, names):
-    """ValueError where an option speaks of adapters that a method does not have."""
+    """ValueError where an option speaks of adapters that a method does not have, or of two kinds of
+    layers."""
+    variant = args.init != "default" or args.dora or args.rslora
     if any(METHODS[name].setup is whole for name in names):
-        if args.init != "default" or args.dora or args.rslora:
+        if variant or args.nf4:
             raise ValueError("full fine-tuning has no adapters; expected no --init, --dora, "
-                             "--rslora")
+                             "--rslora, --nf4")
+    if args.nf4 and (variant or args.fsdp):
+        raise ValueError("--nf4 has layers of its own, each whole in every process; expected no "
+                         "--init, --dora, --rslora, --fsdp")
 
 def full_sam(run, closure):
     """Plain SAM, over all weights."""
@@ -496,16 +505,18 @@ def at_the_pair(run, closure):
 # --------------------------------------------------------------------------------- the table
 
 def add(table):
-    """Put methods into the scripts' table.  They get the layers that --init, --dora and --rslora
-    ask for, and their steps take the snapshots that --snapshots asks for."""
+    """Put methods into the scripts' table.  They get the layers that --init, --dora, --rslora and
+    --nf4 ask for, and their steps take the snapshots that --snapshots asks for."""
     for name, method in table.items():
         setup = variants if method.setup is train_glue.adapters else method.setup
         step = partial(step_with_snapshots, method.step)
         METHODS[name] = method._replace(step=step, setup=setup)
 
 def variants(args, model, auxiliary):
-    """train_glue.adapters, with layers of notes/variants.py where an option asks for them."""
-    layer, start = LoRALinear, args.init != "default"
+    """train_glue.adapters, with layers of notes/variants.py or notes/quantized.py where an option
+    asks for them."""
+    start = args.init != "default"
+    layer = NF4Linear if args.nf4 else LoRALinear
     if start or args.dora or args.rslora:
         layer = partial(VariantLinear, start=start, dora=args.dora, rslora=args.rslora)
     layers, *optimizers = train_glue.adapters(args, model, auxiliary, layer)

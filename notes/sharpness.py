@@ -247,6 +247,8 @@ def load_runs(options):
         ours = {"device": options.device, "bf16": False, "micro_batch": None, "snapshots": 0,
                 "checkpointing": False, "eval_batch_size": 250}
         args = argparse.Namespace(**{**vars(args), **config, **ours})
+        if args.nf4:
+            raise ValueError(f"{path}: nf4 is true; the parts move W, which --nf4 keeps in 4 bits")
         key = json.dumps({name: config[name] for name in config if name not in ("method", "seed")})
         if options.cached:
             loaded[key] = None

@@ -139,7 +139,7 @@ def test_processes_know_the_methods(folder, monkeypatch):
         others = [path for path in sys.path if os.path.realpath(path) not in OURS]
         patch.setattr(sys, "path", [NOTES, *others])  # as python notes/methods.py has it
         patch.setattr(sys, "warnoptions", ["error"])
-        own = ("init", "dora", "rslora", "full-lr", "momentum", "snapshots")  # it adds them again
+        own = ("init", "dora", "rslora", "nf4", "full-lr", "momentum", "snapshots")  # again
         options = [row for row in train_glue.OPTIONS if row[1] not in own]
         patch.setattr(train_glue, "OPTIONS", options)
         for name in list(METHODS)[3:]:
