@@ -16,6 +16,7 @@ from model import Transformer
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "..", "notes"))
 import benchmark  # noqa: E402
+import train_glue  # noqa: E402
 
 SMALL = ["--device", "cpu", "--layers", "1", "--batch-size", "2", "--length", "8", "--rounds", "2",
          "--warmup", "0", "--rank", "2"]
@@ -143,3 +144,12 @@ def test_the_products_are_those_of_every_linear_layer(small):
     assert sorted(found) == sorted([
         (rows, (576, 576), False), *[(rows, (192, 576), False)] * 2, (rows, (576, 576), True),
         *[(rows, (1536, 576), True)] * 2, (rows, (576, 1536), True), (scored, (50, 576), True)])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_the_peak_of_the_memory_is_forgotten():
+    passing = bytearray(2**28)
+    del passing
+    before = train_glue.peak_memory("cpu")
+    benchmark.forget_peak()
+    assert train_glue.peak_memory("cpu") < before - 2**27
