@@ -1,0 +1,163 @@
+"""Statistics, tables and figure of notes/9_study.md, from the record that notes/study.py writes.
+
+The record is {"chosen": {cell: {row: choice}}, "runs": {cell: {setting: {seed: what is kept}}}}.
+"""
+
+import math
+import os
+import statistics
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from study_plan import CELLS, CONTRASTS, CURVES, MAIN, ROWS, folder_name, setting_in, sets_of
+
+
+# --------------------------------------------------------------------------------- statistics
+
+def t_quantile(level, df):
+    """t with P(|T| <= t) = level of Student's distribution.  With T = sqrt(df) tan(x) the density
+    is proportional to cos(x)^(df - 1) on (-pi / 2, pi / 2)."""
+    x = np.linspace(0, math.pi / 2, 1_000_001)
+    density = np.cos(x) ** (df - 1)
+    share = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(df) * math.tan(np.interp(level, share / share[-1], x))
+
+def sign_test(differences):
+    """(how many are above 0, how many are not 0, two-sided p)."""
+    wins, losses = (sum(sign * d > 0 for d in differences) for sign in (1, -1))
+    n, fewer = wins + losses, min(wins, losses)
+    return wins, n, min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2 ** n)
+
+def interval(values, level=0.95):
+    """(mean, half of the width of its interval; None of one value)."""
+    if len(values) < 2:
+        return statistics.fmean(values), None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), t_quantile(level, len(values) - 1) * error
+
+def verdict(mean, half, margin=0.01):
+    """The words of the plan."""
+    if half is None:
+        return "open"
+    words = {"positive": mean - half > 0, "negative": mean + half < 0,
+             "equal": -margin <= mean - half and mean + half <= margin}
+    return ", ".join(word for word, holds in words.items() if holds) or "open"
+
+
+# ------------------------------------------------------------------------- tables and figure
+
+DERIVED = STOPPED, BEST = "lora, epoch chosen on held", "lora, best epoch"
+
+def runs_of(found, cell, row):
+    """({option: value}, {seed: what is kept}) of a row, the plan's seeds alone; (None, {}) where
+    its setting is not chosen yet."""
+    setting = setting_in(cell, row, found["chosen"])
+    if setting is None:
+        return None, {}
+    runs = found["runs"].get(cell, {}).get(folder_name(ROWS[row].method, setting), {})
+    return setting, {seed: kept for seed, kept in runs.items() if int(seed) < CELLS[cell].seeds}
+
+def scores_of(found, cell, row, part):
+    """{seed: score} on an evaluation set after the last epoch, or after that which STOPPED and BEST
+    name."""
+    _, runs = runs_of(found, cell, "lora" if row in DERIVED else row)
+    scores = {}
+    for seed, kept in runs.items():
+        values = kept["scores"].get(part)
+        if values:
+            judges = {STOPPED: kept["scores"].get("held"), BEST: values}
+            scores[seed] = values[int(np.argmax(judges[row])) if row in DERIVED else -1]
+    return scores
+
+def difference(found, cell, a, b, part):
+    """{seed: score of a - score of b}."""
+    return minus(*(scores_of(found, cell, row, part) for row in (a, b)))
+
+def minus(one, other):
+    return {seed: one[seed] - other[seed] for seed in one if seed in other}
+
+def counting_set(cell):
+    """The set whose score counts."""
+    if CELLS[cell].task == "gsm8k":
+        return "gold"
+    return "rest" if "rest" in CELLS[cell].parts else "dev"
+
+def number(mean, half, sign=""):
+    return f"{mean:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+def table(found, cell, part):
+    """Markdown: a row's setting, score, spread, difference to LoRA, sign test; "" without runs."""
+    rows = [*CELLS[cell].rows, *(DERIVED if "held" in CELLS[cell].parts else [])]
+    lines = [line_of(found, cell, row, part) for row in rows]
+    lines = [line for line in lines if line]
+    if not lines:
+        return ""
+    head = ["row", "setting", part, "spread", "minus LoRA's", "higher, p"]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * 6, *lines])
+    compared = sum(bool(line[4]) and line[0] != BEST for line in lines)
+    seeds = len(scores_of(found, cell, "lora", part))
+    what = "loss of a token, less is better" if part == "gold" else "last epoch"
+    return (f"\n## {cell}, {part}\n\n{body}\n\n{what}; n = {seeds} seeds; 95 % intervals; "
+            f"{compared} comparisons; {diverged(found, cell)} runs diverged, tuning included.\n")
+
+def line_of(found, cell, row, part):
+    values = list(scores_of(found, cell, row, part).values())
+    if not values:
+        return None
+    spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    setting = {} if row in DERIVED else runs_of(found, cell, row)[0]
+    text, cells = ", ".join(f"{key} {value}" for key, value in setting.items()), ["", ""]
+    paired = list(difference(found, cell, row, "lora", part).values())
+    if row != "lora" and paired:
+        higher, n, p = sign_test(paired)
+        cells = [number(*interval(paired), "+"), f"{higher} of {n}, {p:.2g}"]
+    return [row, text, f"{statistics.fmean(values):.4f}", spread, *cells]
+
+def diverged(found, cell):
+    settings = found["runs"].get(cell, {}).values()
+    return sum("diverged" in kept for runs in settings for kept in runs.values())
+
+def contrasts(found):
+    """Markdown: every contrast of the plan with its interval, at the level of its hypothesis."""
+    text = "\n## Contrasts\n\n| | contrast | n | difference | verdict |\n|---|---|---|---|---|\n"
+    for hypothesis, items in CONTRASTS.items():
+        for item in items:
+            parts = [difference(found, cell, a, b, counting_set(cell)) for cell, a, b in item]
+            values = list((minus(*parts) if len(parts) > 1 else parts[0]).values())
+            name = "; less ".join(f"{cell}: {a} - {b}" for cell, a, b in item)
+            shown = ["", "open"]
+            if values:
+                mean, half = interval(values, 1 - 0.05 / len(items))
+                shown = [number(mean, half, "+"), verdict(mean, half)]
+            text += f"| {hypothesis} | {name} | {len(values)} | {' | '.join(shown)} |\n"
+    return text + "\nThe level of an interval is 1 - 0.05 / k, with k contrasts a hypothesis.\n"
+
+def draw(found, path):
+    """Gain over LoRA against n and noise on SST-2, a line a row, with 95 % intervals."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axis, (label, cells) in zip(figure.subplots(1, 2, sharey=True), CURVES.items()):
+        key = "limit" if cells[0] == "sst2-250-noise30" else "label_noise"
+        for place, row in enumerate(MAIN[1:]):
+            points = []
+            for cell in cells:
+                gain = list(difference(found, cell, row, "lora", "rest").values())
+                if len(gain) > 1:
+                    points.append((CELLS[cell].settings[key], *interval(gain)))
+            if points:
+                x, y, half = zip(*points)
+                axis.errorbar(x, y, half, marker="o", capsize=3, label=row, color=f"C{place}")
+        axis.axhline(0, color="grey", linestyle=":")
+        axis.set(xlabel=label, xscale="log" if key == "limit" else "linear")
+    figure.supylabel("accuracy minus LoRA's")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path + ".tmp", format="png", dpi=100)
+    os.replace(path + ".tmp", path)
+
+def all_tables(found):
+    """The whole report, Markdown."""
+    text = "# The study: all tables\n"
+    for name, cell in CELLS.items():
+        parts = ("test", "gold") if cell.task == "gsm8k" else sets_of(cell)
+        text += "".join(table(found, name, part) for part in parts if part != "held")
+    return text + contrasts(found)
