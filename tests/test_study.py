@@ -334,6 +334,7 @@ def test_an_interval_by_hand():
 @pytest.mark.parametrize("mean, half, words", [
     (0.05, 0.04, "positive"), (0.05, 0.06, "open"), (-0.05, 0.04, "negative"),
     (0.002, 0.007, "equal"), (0.005, 0.004, "positive, equal"), (0.004, 0.007, "open"),
+    (-0.004, 0.007, "open"),
     (0.0, 0.0, "equal"), (0.3, None, "open")])
 def test_verdicts(mean, half, words):
     assert study_tables.verdict(mean, half) == words
@@ -374,6 +375,27 @@ def test_a_change_of_gain_is_paired_by_seed():
     (line,) = (line for line in study_tables.contrasts(found).splitlines()
                if line.startswith("| H4 | sst2-1000-noise30: lora-sam"))
     assert f"| 2 | {np.mean(changes):+.4f} ±" in line
+
+
+def test_the_record_grows_by_what_another_machine_has_run(folder):
+    """Seeds, settings and choices of two folders, one after the other; nothing is lost."""
+    def run(out, path, score):
+        place = folder / out / "demo" / path
+        place.mkdir(parents=True)
+        (place / "study.json").write_text(json.dumps({"scores": {"dev": [score]}}))
+
+    run("one", "lora/lora-seed0", 0.5)
+    run("two", "lora/lora-seed1", 0.6)
+    run("two", "s2sam_rho-0.05/s2sam-seed0", 0.7)
+    for out, row in (("one", "lora-sam"), ("two", "s2sam")):
+        choice = {row: {"setting": {"rho": 0.05}}}
+        (folder / out / "demo/chosen.json").write_text(json.dumps(choice))
+        study.main(["table", "--out", out, "--figures", "figures"])
+    record = json.loads((folder / "figures/study.json").read_text())
+    assert record["chosen"]["demo"].keys() == {"lora-sam", "s2sam"}
+    found = {name: {seed: kept["scores"]["dev"][0] for seed, kept in runs.items()}
+             for name, runs in record["runs"]["demo"].items()}
+    assert found == {"lora": {"0": 0.5, "1": 0.6}, "s2sam_rho-0.05": {"0": 0.7}}
 
 
 # ------------------------------------------------------------------------------------- runs of it
