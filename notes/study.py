@@ -157,8 +157,9 @@ def perform(name, wanted, seeds, options):
         begin(jobs[next(iter(own.values()))], data.files, own)
     train = partial(train_and_record, jobs)
     with tqdm(total=len(todo), desc=name, unit="run", disable=None) as bar:
-        for _ in run_all(next(iter(jobs.values())), load, train, data, todo, nothing):
+        for key, _ in run_all(next(iter(jobs.values())), load, train, data, todo, nothing):
             bar.update()
+            bar.write(todo[key])  # without its score: who decides when to stop sees none
 
 def nothing(steps):
     """A run's steps are too short to be shown."""
