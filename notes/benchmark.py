@@ -13,9 +13,9 @@ decoder alone takes that of train_gsm8k.py; half of each of its rows is the answ
 products alone.
 
 Reported are the median over the rounds of a step's seconds, and of its ratio to the step of the
-table's first method in the same round, which a drift of the machine's speed does not touch.  Peak
-memory is that of a process which runs one row alone, over its steps: what building the model took
-and gave back does not count.
+table's first method in the same round, which a drift of the machine's speed does not touch.  Tokens
+a second are those of the batch, without padding, over the median.  Peak memory is that of a process
+which runs one row alone, over its steps: what building the model took and gave back does not count.
 """
 
 import argparse
@@ -88,11 +88,16 @@ def shape(options):
                    decoder_layers=min(config.decoder_layers, options.layers))
 
 
+def config_of(options):
+    """That of --model, or else of --shape."""
+    return read_config(local_folder(options.model))[0] if options.model else shape(options)
+
+
 def build(options):
     """The model that all rows share.  With --bf16 a decoder alone is in bfloat16, as
     train_gsm8k.py has it."""
     folder = local_folder(options.model) if options.model else None
-    config = read_config(folder)[0] if folder else shape(options)
+    config = config_of(options)
     dtype = torch.bfloat16 if options.bf16 and not config.encoder_layers else torch.float32
     if folder:
         labels = None if config.decoder_layers else 2
@@ -128,6 +133,15 @@ def example(options, config):
     rows = [(tokens(n), [0] * n, n % 2) for n in lengths]
     answers = [tokens(2), tokens(2)] if config.decoder_layers else []  # a word and the end
     return train_glue, "mrpc", SimpleNamespace(task=TASKS["mrpc"], answers=answers, pad_id=0), rows
+
+
+def batch_tokens(options, config):
+    """Tokens of the batch: its answers in text count too, padding does not."""
+    script, _, data, rows = example(options, config)
+    if script is train_gsm8k:
+        return sum(len(prompt) + len(answer) for prompt, answer, _ in rows)
+    answers = sum(len(data.answers[label]) for *_, label in rows) if data.answers else 0
+    return answers + sum(len(ids) for ids, *_ in rows)
 
 
 def prepared(name, base, options):
@@ -225,15 +239,16 @@ def forget_peak():
         file.write("5")
 
 
-def measured(name, seconds, argv):
+def measured(name, seconds, tokens, argv):
     """The row's numbers, which are printed too."""
     ratios = [b / a for a, b in zip(seconds[FIRST], seconds[name])]
     low, middle, high = statistics.quantiles(ratios, n=4)
     memory, typical = memory_alone(name, argv), statistics.median(seconds[name])
     spread = f"{low:.3f} - {high:.3f}"
-    print(f"{name:<18} {typical:<8.4f} {middle:<8.3f} {spread:<16} {(memory or 0) / 2**20:.0f}")
-    return {"seconds": typical, "ratio": middle, "quartiles": [low, high],
-            "peak_memory_bytes": memory}
+    print(f"{name:<18} {typical:<8.4f} {tokens / typical:<9.0f} {middle:<8.3f} {spread:<16} "
+          f"{(memory or 0) / 2**20:.0f}")
+    return {"seconds": typical, "tokens_per_second": tokens / typical, "ratio": middle,
+            "quartiles": [low, high], "peak_memory_bytes": memory}
 
 
 def parse_arguments(argv):
@@ -283,17 +298,18 @@ def main(argv=None):
         raise SystemExit(f"{FIRST}: {left_out[FIRST]}")
     if options.profile:
         return profiled(steps)
-    seconds = time_rows(steps, options)
+    seconds, tokens = time_rows(steps, options), batch_tokens(options, config_of(options))
     print(f"{options.model or options.shape}, {options.layers or 'all'} layers, batch "
           f"{options.batch_size} x {options.length}, rank {options.rank}, bf16 {options.bf16}, "
           f"{options.rounds} rounds; {machine(options.device)}")
-    print(f"{'method':<18} {'s/step':<8} {'/ ' + FIRST:<8} {'middle half':<16} peak MiB")
+    print(f"{'method':<18} {'s/step':<8} {'tokens/s':<9} {'/ ' + FIRST:<8} {'middle half':<16} "
+          "peak MiB")
     for name in names:
         if name in left_out:
             report[name] = {"left_out": left_out[name]}
             print(f"{name:<18} left out: {left_out[name]}")
         else:
-            report[name] = measured(name, seconds, argv)
+            report[name] = measured(name, seconds, tokens, argv)
     if options.out:
         result = {"config": vars(options), "machine": machine(options.device), "methods": report}
         write_text(options.out, json.dumps(result, indent=2))

@@ -1,7 +1,7 @@
 """notes/benchmark.py and notes/floors.py: shapes, floors, and rows that are left out.  No times.
 
 Oracles: the published number of parameters of each shape, and a sum over its matrices by hand; the
-list of a small model's matrix products by hand.
+list of a small model's matrix products by hand; the tokens that a model's mask leaves.
 """
 
 import os
@@ -82,6 +82,27 @@ def test_a_kind_of_model_is_timed_with_both_floors(small, name, stacks, capsys):
     assert torch.get_default_dtype() == torch.float32
     _, closure = benchmark.prepared("lora", base, options)
     assert closure.func.__module__ == ("train_gsm8k" if half else "train_glue")
+
+
+@pytest.mark.parametrize("name, unread", [("minilm", 0), ("t5-base", 2), ("smollm2", 1)])
+def test_tokens_a_second_are_those_of_the_batch_without_padding(small, name, unread, capsys):
+    """The tokens that the first stack's mask leaves, and those of a row that it does not read: two
+    of an answer that another stack has, or the last one of a decoder's row."""
+    words = ["--shape", name, "--batch-size", "3"]
+    report = benchmark.main([*SMALL, *words])
+    options, base = small(*words)
+    run, closure = benchmark.prepared("lora", base, options)
+    masks = []
+    (run.model.encoder or run.model.decoder).register_forward_pre_hook(
+        lambda stack, inputs: masks.append(inputs[1]))
+    closure()
+    assert len(masks) == 1 and not masks[0].all()  # there is padding
+    tokens = masks[0].sum().item() + 3 * unread
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for method, row in report.items():
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(tokens)
+        printed = [method, f"{row['seconds']:.4f}", f"{row['tokens_per_second']:.0f}"]
+        assert printed in [line[:3] for line in rows]
 
 
 def test_a_rank_that_fits_no_layer_ends_the_program(small):
