@@ -7,6 +7,7 @@ list of a small model's matrix products by hand; the tokens that a model's mask 
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -174,3 +175,18 @@ def test_the_peak_of_the_memory_is_forgotten():
     before = train_glue.peak_memory("cpu")
     benchmark.forget_peak()
     assert train_glue.peak_memory("cpu") < before - 2**27
+
+
+def test_a_profile_adds_up_and_keeps_rows_apart(capsys):
+    x = torch.ones(1_000_000)
+    benchmark.profiled({"one": partial(torch.sin, x), "other": partial(torch.cos, x)}, rows=100)
+    head, *lines = capsys.readouterr().out.splitlines()
+    table = {name: [float(word) for word in words]
+             for name, *words in (line.split() for line in lines if line.startswith("aten"))}
+    assert head.split()[-2:] == ["one", "other"]
+    assert table["aten::sin"][0] > 0 == table["aten::sin"][1]
+    assert table["aten::cos"][1] > 0 == table["aten::cos"][0]
+    together = [float(word) for word in lines[-1].split()[1:]]
+    for column, whole in enumerate(together):
+        shown = [float(line.split()[-2:][column]) for line in lines[:-1]]
+        assert sum(shown) == pytest.approx(whole, abs=0.05 * (1 + len(shown)))  # a digit each
