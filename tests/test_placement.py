@@ -2,7 +2,8 @@
 stands in for a GPU: an operator that makes a tensor elsewhere fails the test.
 
 Patched: what reads a value (the check of loss and gradient), what does not know the meta device
-(autocast, AdamW's fused kernel), and what refuses it (add_lora).
+(autocast, AdamW's fused kernel), what refuses it (add_lora), and what makes a batch on the CPU, to
+bring it to the device (on_device, which has a test of its own).
 """
 
 import contextlib
@@ -42,11 +43,15 @@ class OneDevice(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def meta_can_train(monkeypatch):
     monkeypatch.setattr(torch, "isfinite", lambda tensor: True)
+    monkeypatch.setattr(train_glue, "on_device", lambda x, device: torch.tensor(x, device=device))
     monkeypatch.setattr(bilora, "_require_plain", lambda name, linear: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda params, fused, **words: adamw(
         params, foreach=True, capturable=False, **words))
+
+
+ON_DEVICE = train_glue.on_device  # before it is patched
 
 
 def on_meta(family):
@@ -93,6 +98,10 @@ def test_a_step_of_both_scripts(script, model, method, small_demos, tmp_path):
             schedule.step()
     assert logged["loss"].device.type == "meta"
     assert perturbation_norm(run.layers).device.type == "meta" or method != "bi-lora"
+
+
+def test_a_batch_is_brought_to_the_device():
+    assert ON_DEVICE([[1, 2], [3, 4]], "meta").device.type == "meta"
 
 
 def test_new_pairs_clip_and_merge():
