@@ -74,6 +74,17 @@ def test_the_forward_pass_of_each_family(family):
         assert model(ids, mask, **more).device.type == "meta"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", FAMILIES[2:])
+def test_generate(family, temperature, monkeypatch):
+    """No row ends, which would be a value that is read."""
+    monkeypatch.setattr(torch.Tensor, "all", lambda tensor: True)
+    model, ids = MODELS[family].eval(), torch.ones(2, 5, dtype=torch.int64, device="meta")
+    with OneDevice():
+        new = model.generate(ids, torch.ones_like(ids), 3, [2, 4], temperature)
+    assert new.device.type == "meta" and new.shape == (2, 3)
+
+
 @pytest.mark.parametrize("method", ["lora-sam", "bi-lora"])  # LoRA's step is a part of both
 @pytest.mark.parametrize("script, model", [(train_glue, "bert"), (train_glue, "t5"),
                                            (train_gsm8k, "llama3")])
