@@ -4,12 +4,14 @@ contrasts are in study_plan.py, the statistics in study_tables.py.
     python notes/study.py tune demo --jobs 2
     python notes/study.py run demo --jobs 2
     python notes/study.py run sst2-1000 --model DIR --data GLUE --row lora lora-sam
+    python notes/study.py flat sst2-1000-noise30 --model DIR --data GLUE
     python notes/study.py table
 
 A cell is a task with a number of rows and a share of wrong labels.  A row is a method with a rule
 for its settings: one setting, a grid from which `tune` chooses, or another row's radius.  A run's
 folder is OUT/CELL/SETTING/METHOD-seedN, so rows with one setting share their runs.  Every command
-takes finished runs as they are.  `table` adds all runs of OUT to notes/figures/study.json, and
+takes finished runs as they are.  `flat` trains H5's rows again, with snapshots, in OUT/flat, and
+measures them (study_flat.py).  `table` adds all runs of OUT to notes/figures/study.json, and
 reads that file alone.
 """
 
@@ -30,13 +32,14 @@ import torch
 from tqdm import tqdm
 
 import methods
+import study_flat
 import train_glue
 import train_gsm8k
 from bilora import add_lora, load_adapter
 from model import read_json, read_safetensors, require, write_text
-from study_plan import (CELLS, ROWS, TUNING_SEEDS, combinations, folder_name, install, script_of,
-                        setting_in)
-from study_tables import all_tables, draw
+from study_plan import (CELLS, FLAT, FLAT_SEEDS, ROWS, TUNING_SEEDS, combinations, folder_name,
+                        install, script_of, setting_in)
+from study_tables import all_tables, counting_set, draw
 from train_glue import SETTINGS, TASKS, Parser, begin, evaluate, read_tsv, run_all
 
 FIGURES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "figures")
@@ -120,9 +123,9 @@ def load(args):
 def script_named(args):
     return train_glue if args.task in TASKS else train_gsm8k
 
-def arguments(name, method, options, setting):
-    """The script's own, of one cell, method and setting."""
-    cell, words = CELLS[name], []
+def arguments(name, method, options, setting, more=()):
+    """The script's own, of one cell, method and setting; more: words of its command line."""
+    cell, words = CELLS[name], [*more]
     script = script_of(cell)
     if "rho" in setting:
         words += ["--rho", f"{setting['rho']:g}"]
@@ -139,11 +142,11 @@ def arguments(name, method, options, setting):
         "--data", data_of(name, options), "--device", options.device, "--jobs", str(options.jobs),
         *words])[0]
 
-def perform(name, wanted, seeds, options):
+def perform(name, wanted, seeds, options, more=()):
     """Train what is not finished of [(method, setting)], all seeds of one before the next."""
     jobs, todo = {}, {}
     for method, setting in wanted:
-        args = arguments(name, method, options, setting)
+        args = arguments(name, method, options, setting, more)
         for seed in seeds:
             folder = os.path.join(args.out, f"{method}-seed{seed}")
             if not os.path.exists(os.path.join(folder, "study.json")):
@@ -305,25 +308,55 @@ def choices_in(out):
 
 def run(name, rows, seeds, options):
     """The reported runs of a cell's rows."""
-    chosen, wanted = record(options)["chosen"], []
+    wanted = settings_of(name, rows, options).values()
+    perform(name, list({folder_name(*pair): pair for pair in wanted}.values()), seeds, options)
+
+def settings_of(name, rows, options):
+    """{row: (method, setting)}."""
+    chosen, wanted = record(options)["chosen"], {}
     for row in rows:
         found = setting_in(name, row, chosen)
         require(found is not None, f"{row}: no choice; run `tune {CELLS[name].tuned_on or name}` "
                 "first")
-        wanted.append((ROWS[row].method, found))
-    perform(name, list({folder_name(*pair): pair for pair in wanted}.values()), seeds, options)
+        wanted[row] = ROWS[row].method, found
+    return wanted
+
+def flat(name, seeds, options):
+    """H5: the rows again with a snapshot an epoch, and OUT/flat/CELL/flat.json,
+    {seed: {row: what study_flat.measure finds, and the score that counts}}."""
+    own = SimpleNamespace(**{**vars(options), "out": os.path.join(options.out, "flat")})
+    wanted, epochs = settings_of(name, FLAT, options), SETTINGS["study-" + name]["epochs"]
+    perform(name, list(wanted.values()), seeds, own, ["--snapshots", str(epochs + 1)])
+    path, found = os.path.join(own.out, name, "flat.json"), {}
+    if os.path.exists(path):
+        found = read_json(path)
+    for seed in map(str, seeds):
+        if seed in found:
+            continue
+        folders = {row: os.path.join(own.out, name, folder_name(*pair), f"{pair[0]}-seed{seed}")
+                   for row, pair in wanted.items()}
+        measured = study_flat.measure(folders, options.device)
+        for row, folder in folders.items():
+            kept = read_json(os.path.join(folder, "study.json"))
+            measured[row]["score"] = kept["scores"][counting_set(name)][-1]
+        found[seed] = measured
+        write_text(path, json.dumps(found))
 
 def record(options):
-    """{"chosen": {cell: {row: choice}}, "runs": {cell: {setting: {seed: kept}}}}: that of
-    study.json, and on top what OUT has."""
+    """{"chosen": {cell: {row: choice}}, "runs": {cell: {setting: {seed: kept}}}, "flat": {cell:
+    {seed: {row: measured}}}}: that of study.json, and on top what OUT has."""
     path, found = os.path.join(options.figures, "study.json"), {"chosen": {}, "runs": {}}
     if os.path.exists(path):
         found = read_json(path)
+    found.setdefault("flat", {})
     for cell, choices in choices_in(options.out).items():
         found["chosen"].setdefault(cell, {}).update(choices)
     for cell in CELLS:
         for name, runs in finished(options.out, cell).items():
             found["runs"].setdefault(cell, {}).setdefault(name, {}).update(runs)
+        path = os.path.join(options.out, "flat", cell, "flat.json")
+        if os.path.exists(path):
+            found["flat"].setdefault(cell, {}).update(read_json(path))
     return found
 
 def report(options):
@@ -341,7 +374,7 @@ def report(options):
 
 def parse_arguments(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("tune", "run", "table"))
+    parser.add_argument("command", choices=("tune", "run", "flat", "table"))
     parser.add_argument("cell", nargs="?", choices=CELLS)
     parser.add_argument("--row", nargs="+", choices=ROWS, help="default: all of the cell")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: all of the cell")
@@ -362,13 +395,18 @@ def main(argv=None):
         require(options.cell, f"{options.command} needs a cell: {', '.join(CELLS)}")
         install()
         cell = CELLS[options.cell]
-        rows, seeds = options.row or cell.rows, options.seeds or range(cell.seeds)
+        own = FLAT if options.command == "flat" else cell.rows
+        count = FLAT_SEEDS if options.command == "flat" else cell.seeds
+        rows, seeds = options.row or own, options.seeds or range(count)
         for row in rows:
             require(row in cell.rows, f"{row} is no row of {options.cell}: {', '.join(cell.rows)}")
         require(not options.seeds or set(options.seeds) <= set(range(min(TUNING_SEEDS))),
                 f"--seeds: expected 0 to {min(TUNING_SEEDS) - 1}; higher ones are for tuning")
         if options.command == "tune":
             tune(options.cell, rows, options)
+        elif options.command == "flat":
+            require(options.row is None, f"flat has rows of its own: {', '.join(FLAT)}")
+            flat(options.cell, seeds, options)
         else:
             run(options.cell, rows, seeds, options)
     except (ValueError, OSError, BrokenExecutor) as error:

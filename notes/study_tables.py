@@ -1,6 +1,7 @@
 """Statistics, tables and figure of notes/9_study.md, from the record that notes/study.py writes.
 
-The record is {"chosen": {cell: {row: choice}}, "runs": {cell: {setting: {seed: what is kept}}}}.
+The record is {"chosen": {cell: {row: choice}}, "runs": {cell: {setting: {seed: what is kept}}},
+"flat": {cell: {seed: {row: what notes/study_flat.py measures}}}}.
 """
 
 import math
@@ -10,7 +11,8 @@ import statistics
 import numpy as np
 from matplotlib.figure import Figure
 
-from study_plan import CELLS, CONTRASTS, CURVES, MAIN, ROWS, folder_name, setting_in, sets_of
+from study_plan import (CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY, ROWS, folder_name,
+                        setting_in, sets_of)
 
 
 # --------------------------------------------------------------------------------- statistics
@@ -43,6 +45,13 @@ def verdict(mean, half, margin=0.01):
     words = {"positive": mean - half > 0, "negative": mean + half < 0,
              "equal": -margin <= mean - half and mean + half <= margin}
     return ", ".join(word for word, holds in words.items() if holds) or "open"
+
+def spearman(x, y):
+    """Spearman's rank correlation; equal values share their mean rank.  Where all of x or of y are
+    equal it is 0."""
+    ranks = [np.array([np.mean(np.flatnonzero(np.sort(z) == value)) for value in z])
+             for z in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1]) if all(r.std() > 0 for r in ranks) else 0.0
 
 
 # ------------------------------------------------------------------------- tables and figure
@@ -119,19 +128,93 @@ def diverged(found, cell):
     return sum("diverged" in kept for runs in settings for kept in runs.values())
 
 def contrasts(found):
-    """Markdown: every contrast of the plan with its interval, at the level of its hypothesis."""
-    text = "\n## Contrasts\n\n| | contrast | n | difference | verdict |\n|---|---|---|---|---|\n"
-    for hypothesis, items in CONTRASTS.items():
-        for item in items:
-            parts = [difference(found, cell, a, b, counting_set(cell)) for cell, a, b in item]
-            values = list((minus(*parts) if len(parts) > 1 else parts[0]).values())
-            name = "; less ".join(f"{cell}: {a} - {b}" for cell, a, b in item)
-            shown = ["", "open"]
-            if values:
-                mean, half = interval(values, 1 - 0.05 / len(items))
-                shown = [number(mean, half, "+"), verdict(mean, half)]
-            text += f"| {hypothesis} | {name} | {len(values)} | {' | '.join(shown)} |\n"
-    return text + "\nThe level of an interval is 1 - 0.05 / k, with k contrasts a hypothesis.\n"
+    """Markdown: every contrast of the plan, at the level of its hypothesis, and what follows."""
+    head = ["", "contrast", "n", "difference", "clipped steps", "verdict"]
+    lines, said = [head, ["---"] * 6], {}
+    for hypothesis, items in sorted({**CONTRASTS, "H5": [NOISY]}.items()):
+        judge = correlation if hypothesis == "H5" else contrast
+        judged = [judge(found, hypothesis, item, len(items)) for item in items]
+        lines += [line for line, _ in judged]
+        said[hypothesis] = outcome([word for _, word in judged])
+    others = [cell for cell in found.get("flat", {}) if cell != NOISY]
+    lines += [correlation(found, "not the plan's", cell, 1)[0] for cell in others]
+    body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    words = "".join(f"- {hypothesis}: {said[hypothesis]}\n" for hypothesis in said)
+    return (f"\n## Contrasts\n\n{body}\nThe level of an interval is 1 - 0.05 / k, with k contrasts "
+            f"a hypothesis.\n\n{words}")
+
+def contrast(found, hypothesis, item, k):
+    """(its line, what it says of the hypothesis).  It is open until all of its seeds are there."""
+    values, (cell, row, _) = values_of(found, item), item[0]
+    mean, half = interval(values, 1 - 0.05 / k) if values else (0.0, None)
+    complete = len(values) == min(CELLS[part[0]].seeds for part in item)
+    words = verdict(mean, half) if complete else "open"
+    clip = clipped(found, cell, row) if hypothesis in ("H1", "H2") else None
+    said = says(hypothesis, words, clip) if complete else "open"
+    if complete and hypothesis == "H4" and not gains(found, row, k):
+        said = "does not count"
+    name = "; less ".join(f"{cell}: {a} - {b}" for cell, a, b in item)
+    shown = number(mean, half, "+") if values else ""
+    share = "" if clip is None else f"{clip:.2%}"
+    return [hypothesis, name, str(len(values)), shown, share, words], said
+
+def values_of(found, item):
+    """[difference within a seed] of a contrast."""
+    parts = [difference(found, cell, a, b, counting_set(cell)) for cell, a, b in item]
+    return list((minus(*parts) if len(parts) > 1 else parts[0]).values())
+
+def clipped(found, cell, row):
+    """Share of all steps of a row's runs in which the clip acted; None where no run has one."""
+    runs = runs_of(found, cell, row)[1].values()
+    shares = [kept["clipped"] for kept in runs if "clipped" in kept]
+    return statistics.fmean(shares) if shares else None
+
+def gains(found, row, k):
+    """Is the gain over LoRA in cell 2 positive?"""
+    values = values_of(found, [(NOISY, row, "lora")])
+    return (len(values) == CELLS[NOISY].seeds
+            and "positive" in verdict(*interval(values, 1 - 0.05 / k)))
+
+def says(hypothesis, words, clip):
+    """What a contrast's verdict, and the share of clipped steps, say by the plan: "holds",
+    "refuted" or "open"."""
+    if hypothesis == "H1" and clip:
+        return "refuted"
+    binds = hypothesis != "H2" or clip is not None and clip > 0.5
+    if words == "open" or not binds:
+        return "open"
+    wanted = {"H1": "equal" in words, "H2": "positive" not in words}
+    return "holds" if wanted.get(hypothesis, "positive" in words) else "refuted"
+
+def outcome(said):
+    """Of a hypothesis, from what its contrasts say: one that refutes it is enough, then an open
+    one; where none counts it is open."""
+    return next((word for word in ("refuted", "open", "holds") if word in said), "open")
+
+def correlation(found, hypothesis, cell, _):
+    """H5's line, and what it says: Spearman's correlation of eigenvalue and score in each seed."""
+    seeds = found.get("flat", {}).get(cell, {})
+    values = [spearman(*([run[key] for run in rows.values()] for key in ("eigenvalue", "score")))
+              for rows in seeds.values()]
+    mean, said = statistics.fmean(values) if values else 0.0, "open"
+    if len(values) >= FLAT_SEEDS:
+        said = "holds" if mean > -0.5 else "refuted"
+    shown = f"{mean:+.2f} ({', '.join(f'{value:+.2f}' for value in values)})" if values else ""
+    name = f"{cell}: rank correlation of eigenvalue and score"
+    return [hypothesis, name, str(len(values)), shown, "", said], said
+
+def flat_table(found, cell):
+    """Markdown: a row's means over the seeds, at equal training loss; "" without runs."""
+    seeds, keys = found.get("flat", {}).get(cell, {}), ("epoch", "loss", "eigenvalue", "residual")
+    if not seeds:
+        return ""
+    text = f"\n## {cell}, largest eigenvalue at equal training loss\n\n"
+    text += f"| row | {' | '.join(keys)} | score |\n|---|---|---|---|---|---|\n"
+    for row in FLAT:
+        means = [statistics.fmean(rows[row][key] for rows in seeds.values())
+                 for key in (*keys, "score")]
+        text += f"| {row} | {' | '.join(f'{mean:.4g}' for mean in means)} |\n"
+    return text + f"\nMeans over {len(seeds)} seeds; the residual is that of the eigenvalue.\n"
 
 def draw(found, path):
     """Gain over LoRA against n and noise on SST-2, a line a row, with 95 % intervals."""
@@ -160,4 +243,5 @@ def all_tables(found):
     for name, cell in CELLS.items():
         parts = ("test", "gold") if cell.task == "gsm8k" else sets_of(cell)
         text += "".join(table(found, name, part) for part in parts if part != "held")
+        text += flat_table(found, name)
     return text + contrasts(found)
