@@ -136,6 +136,14 @@ CELLS = {
     "sst2-4000-noise30": SST2(4000, 0.3, MAIN, tuned_on=NOISY),
     "sst2-1000-noise15": SST2(1000, 0.15, MAIN, tuned_on=NOISY)}
 
+def of_rank(rank, aux_rank, rows):
+    """The demo with other ranks; s = alpha / r stays 2."""
+    settings = {"rank": rank, "alpha": 2 * rank, "aux_rank": aux_rank}
+    return CELLS["demo"]._replace(rows=rows, settings=settings, tuned_on="demo")
+
+CELLS |= {f"demo-r{r}": of_rank(r, r, ("lora", "lora-sam", "bi-lora")) for r in (2, 4, 16)}
+CELLS |= {f"demo-aux{r}": of_rank(8, r, ("lora", "bi-lora")) for r in (2, 4, 16)}
+
 def sets_of(cell):
     """Names of the evaluation files; the first one is scored in every epoch of every method."""
     return ("dev", *(name for name in ("rest", "held") if name in cell.parts))

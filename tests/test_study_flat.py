@@ -1,5 +1,5 @@
-"""H5's measurement (notes/study_flat.py) and what notes/study_tables.py says of each
-hypothesis.
+"""H5's measurement (notes/study_flat.py), what notes/study_tables.py says of each hypothesis, and
+the cells of other ranks.
 
 Oracles: rank correlations worked out by hand; the loss by the adapter that a run leaves; made-up
 records whose answer follows from notes/9_study.md.
@@ -17,6 +17,7 @@ import train_glue
 from bilora import lora_layers
 from test_study import QUICK, TINY, study, study_plan, study_tables
 from test_train_glue import error_of
+from train_glue import METHODS
 
 import study_flat  # in notes, where test_study.py looks
 from measures import loss_of
@@ -106,6 +107,27 @@ def saved_loss(path):
 def test_wrong_input(folder, capsys, argv, message):
     assert message in error_of(capsys, [*argv, "--figures", "none"], study.main)
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("name, rank, aux_rank", [("demo-r2", 2, 2), ("demo-aux16", 8, 16)])
+def test_a_cell_of_other_ranks_keeps_the_scale(folder, monkeypatch, name, rank, aux_rank):
+    CELLS[name] = CELLS[name]._replace(parts={"held": 20})
+    for key, value in {"limit": 16, "epochs": 1, "batch_size": 8}.items():
+        monkeypatch.setitem(CELLS[name].settings, key, value)
+    chosen = {"bi-lora": {"setting": {"rho": 0.05, "ratio": 10}}}
+    os.makedirs("out/demo")
+    (folder / "out/demo/chosen.json").write_text(json.dumps(chosen))
+    shapes, step = {}, METHODS["bi-lora"].step
+
+    def watched(run, closure):
+        layer = run.layers[0]
+        shapes["A"], shapes["aux_A"] = len(layer.lora_A), len(layer.aux_A)
+        shapes["scale"] = layer.scale
+        return step(run, closure)
+
+    METHODS["bi-lora"] = METHODS["bi-lora"]._replace(step=watched)
+    study.main(["run", name, *QUICK, "--row", "bi-lora", "--seeds", "0", "--out", "out"])
+    assert shapes == {"A": rank, "aux_A": aux_rank, "scale": 2.0}
 
 
 # ---------------------------------------------------------------------------------------- verdicts
