@@ -4,6 +4,7 @@ The record is {"chosen": {cell: {row: choice}}, "runs": {cell: {setting: {seed: 
 "flat": {cell: {seed: {row: what notes/study_flat.py measures}}}}.
 """
 
+import functools
 import math
 import os
 import statistics
@@ -17,6 +18,7 @@ from study_plan import (CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY,
 
 # --------------------------------------------------------------------------------- statistics
 
+@functools.cache
 def t_quantile(level, df):
     """t with P(|T| <= t) = level of Student's distribution.  With T = sqrt(df) tan(x) the density
     is proportional to cos(x)^(df - 1) on (-pi / 2, pi / 2)."""
