@@ -42,7 +42,7 @@ import train_gsm8k
 from bilora import bilora_optimizers
 from floors import FLOORS
 from model import Config, Transformer, local_folder, read_config, write_text
-from train_glue import METHODS, TASKS, Method, peak_memory, prepare
+from train_glue import METHODS, TASKS, Method, number, peak_memory, prepare
 
 LLAMA = partial(Config, positions="rotary", norm="rms", gated=True, activation="silu", bias=False,
                 qkv_bias=False)
@@ -270,16 +270,36 @@ def parse_arguments(argv):
     parser.add_argument("--profile", action="store_true",
                         help="print the operators that take longest, and time nothing else")
     parser.add_argument("--memory-of", choices=(*METHODS, *OTHERS), help=argparse.SUPPRESS)
-    for name, default, text in (("rounds", 40, ""), ("warmup", 3, "rounds not counted "),
-                                ("batch-size", 32, ""), ("length", 64, "longest row, tokens "),
-                                ("rank", 8, "r = r2 ")):
-        parser.add_argument("--" + name, type=int, default=default,
+    for name, least, default, text in (  # quartiles need two rounds
+            ("rounds", 2, 40, ""), ("warmup", 0, 3, "rounds not counted "),
+            ("batch-size", 1, 32, ""), ("length", 2, 64, "longest row, tokens "),
+            ("rank", 1, 8, "r = r2 ")):
+        parser.add_argument("--" + name, type=partial(number, int, least), default=default,
                             help=text + "(default: %(default)s)")
     options, rest = parser.parse_known_args(methods.expanded(argv))
     options.rest = rest  # of the script: --dora, --init pissa, --checkpointing
-    if options.model and options.layers:
-        parser.error("--layers goes with --shape, not with --model")
+    require_possible(options, parser.error)
     return options
+
+
+def require_possible(options, fail):
+    """What argparse does not see."""
+    if options.model and options.layers:
+        fail("--layers goes with --shape, not with --model")
+    if options.out and not os.path.isdir(os.path.dirname(options.out) or "."):
+        fail(f"--out is {options.out}; expected a file in a folder that exists")
+    try:
+        config_of(options)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    require_device(options.device, fail)
+
+
+def require_device(device, fail):
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"--device {device}: {str(error).splitlines()[0]}")
 
 
 def main(argv=None):

@@ -37,7 +37,7 @@ NAMES = list(METHODS)[:3]
 
 
 def point(axis, value, options):
-    """{method: median seconds of a step}."""
+    """{method: median seconds of a step}.  ValueError: a method that cannot take one."""
     settings = {**START, axis: value}
     own = {name.replace("-", "_"): number for name, number in settings.items()}
     own = SimpleNamespace(**{**vars(options), **own})
@@ -45,7 +45,8 @@ def point(axis, value, options):
     with mock.patch.object(train_glue, "add_lora", adapt):
         steps, left_out = benchmark.steps_of(NAMES, own)
     if left_out:
-        raise SystemExit(f"{axis} {value}: {left_out}")
+        name, reason = next(iter(left_out.items()))
+        raise ValueError(f"{axis} {value}, {name}: {reason}")
     seconds = benchmark.time_rows(steps, own)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -117,9 +118,21 @@ def main(argv=None):
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
+    parser.add_argument("--rounds", type=partial(train_glue.number, int, 1), default=7,
+                        help="default: %(default)s")
     parser.add_argument("--out", help="write growth.json and growth.png to this folder")
     options = parser.parse_args(argv)
+    benchmark.require_device(options.device, parser.error)
+    try:
+        if options.out:
+            os.makedirs(options.out, exist_ok=True)
+        return measured(options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def measured(options):
+    """Time, fit, print, and write what --out asks for."""
     options.model, options.warmup, options.rest = None, 1, []
     report = {"machine": benchmark.machine(options.device), "config": vars(options)}
     print(f"{options.shape}, bf16 {options.bf16}; {report['machine']}")
@@ -129,7 +142,6 @@ def main(argv=None):
         report[axis] = {"values": AXES[axis], "methods": growth(axis, AXES[axis], points)}
         show(axis, report[axis])
     if options.out:
-        os.makedirs(options.out, exist_ok=True)
         write_text(os.path.join(options.out, "growth.json"), json.dumps(report, indent=1))
         draw(report, os.path.join(options.out, "growth.png"))
     return report

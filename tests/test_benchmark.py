@@ -4,10 +4,14 @@ Oracles: the published number of parameters of each shape, and a sum over its ma
 list of a small model's matrix products by hand; the tokens that a model's mask leaves.
 """
 
+import json
 import os
+import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +121,20 @@ def test_layers_cut_a_shape_alone(small, capsys):
     assert "--layers goes with --shape" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words, message", [
+    (["--rounds", "1"], "--rounds: '1', expected int >= 2"),
+    (["--warmup", "-1"], "--warmup: '-1', expected int >= 0"),
+    (["--length", "1"], "--length: '1', expected int >= 2"),
+    (["--device", "tray"], "--device tray: Expected one of cpu"),
+    (["--out", "no/file.json"], "--out is no/file.json; expected a file in a folder that exists"),
+    (["--model", "/no/folder"], "/no/folder: no such folder")])
+def test_wrong_options_end_with_one_line(words, message, capsys):
+    given = SMALL[:2] if "--model" in words else SMALL
+    with pytest.raises(SystemExit) as end:
+        benchmark.main([*given, *words])
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_rows_share_the_frozen_weights_alone(small):
     options, base = small("--shape", "minilm")
     one, other = (benchmark.copy_of(base) for _ in range(2))
@@ -190,3 +208,63 @@ def test_a_profile_adds_up_and_keeps_rows_apart(capsys):
     for column, whole in enumerate(together):
         shown = [float(line.split()[-2:][column]) for line in lines[:-1]]
         assert sum(shown) == pytest.approx(whole, abs=0.05 * (1 + len(shown)))  # a digit each
+
+
+def test_a_profile_has_milliseconds_a_step_of_cpu_and_gpu(capsys, monkeypatch):
+    """Five steps; the children of an operator count for themselves; the longest of any row first."""
+    def event(key, cpu, device):
+        return SimpleNamespace(key=key, self_cpu_time_total=cpu, self_device_time_total=device,
+                               cpu_time_total=10**9)
+    kept = [[event("mm", 5000, 15000), event("add", 1000, 0)], [event("copy", 90000, 0)]]
+    found, taken = iter(kept), []
+    monkeypatch.setattr(benchmark, "profile", lambda: nullcontext(
+        SimpleNamespace(key_averages=lambda: next(found))))
+    benchmark.profiled({"one": lambda: taken.append(1), "other": lambda: taken.append(2)}, rows=2)
+    assert taken == [1] * 5 + [2] * 5
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["ms", "a", "step", "one", "other"], ["copy", "0.0", "18.0"], ["mm", "4.0", "0.0"],
+        ["together", "4.2", "18.0"]]
+
+
+def test_a_profile_times_nothing_else(small, monkeypatch):
+    monkeypatch.setattr(benchmark, "profiled", lambda steps: list(steps))
+    monkeypatch.setattr(benchmark, "time_rows", None)
+    assert benchmark.main([*SMALL, "--profile", "--method", "bi-lora"]) == [
+        "lora", "bi-lora", "floor", "matmuls"]
+
+
+def test_a_rows_numbers_are_medians(small, monkeypatch):
+    """Of the seconds, and of the ratios to the first method in the same round."""
+    monkeypatch.setattr(benchmark, "memory_alone", lambda name, argv: 2**20)
+    seconds = {"lora": [1.0, 2.0, 4.0], "bi-lora": [2.0, 1.0, 12.0]}
+    assert benchmark.measured("bi-lora", seconds, 6, []) == {
+        "seconds": 2.0, "tokens_per_second": 3.0, "ratio": 2.0, "quartiles": [0.5, 3.0],
+        "peak_memory_bytes": 2**20}
+
+
+def test_the_rows_take_turns():
+    order, options = [], SimpleNamespace(warmup=1, rounds=2)
+    steps = {name: partial(order.append, name) for name in "abc"}
+    seconds = benchmark.time_rows(steps, options)
+    assert "".join(order) == "abc" "bca" "cab"
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 2)
+
+
+def test_the_memory_is_that_of_three_steps(small, monkeypatch, capsys):
+    """What came before them is forgotten first; glibc is told to give memory back."""
+    order = []
+    monkeypatch.setattr(benchmark, "build_step", lambda *_: partial(order.append, "step"))
+    monkeypatch.setattr(benchmark, "forget_peak", partial(order.append, "forget"))
+    monkeypatch.setattr(benchmark, "peak_memory", lambda device: order.append(device) or 7)
+    benchmark.main([*SMALL, "--memory-of", "lora"])
+    assert order == ["forget", "step", "step", "step", "cpu"]
+    assert json.loads(capsys.readouterr().out) == 7
+
+
+def test_the_memory_is_that_of_a_process_which_gives_memory_back(monkeypatch):
+    def started(command, env, **_):
+        assert command[2:] == ["--bf16", "--memory-of", "lora"]
+        assert env.items() >= {"MALLOC_MMAP_THRESHOLD_": "65536", "PATH": os.environ["PATH"]}.items()
+        return SimpleNamespace(stdout="a warning\n7\n")
+    monkeypatch.setattr(subprocess, "run", started)
+    assert benchmark.memory_alone("lora", ["--bf16"]) == 7
