@@ -211,7 +211,7 @@ def test_a_profile_adds_up_and_keeps_rows_apart(capsys):
 
 
 def test_a_profile_has_milliseconds_a_step_of_cpu_and_gpu(capsys, monkeypatch):
-    """Five steps; the children of an operator count for themselves; the longest of any row first."""
+    """Of five; an operator's children count for themselves; the longest of any row is first."""
     def event(key, cpu, device):
         return SimpleNamespace(key=key, self_cpu_time_total=cpu, self_device_time_total=device,
                                cpu_time_total=10**9)
@@ -264,7 +264,7 @@ def test_the_memory_is_that_of_three_steps(small, monkeypatch, capsys):
 def test_the_memory_is_that_of_a_process_which_gives_memory_back(monkeypatch):
     def started(command, env, **_):
         assert command[2:] == ["--bf16", "--memory-of", "lora"]
-        assert env.items() >= {"MALLOC_MMAP_THRESHOLD_": "65536", "PATH": os.environ["PATH"]}.items()
+        assert env == {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         return SimpleNamespace(stdout="a warning\n7\n")
     monkeypatch.setattr(subprocess, "run", started)
     assert benchmark.memory_alone("lora", ["--bf16"]) == 7

@@ -136,3 +136,21 @@ def test_the_loop_waits_in_the_passes_alone(small_demos, tmp_path, monkeypatch, 
     script.main(["--method", method, "--seeds", "0", "--limit", "40", "--batch-size", "8",
                  "--epochs", "1", "--jobs", "1", "--device", "cpu", "--out", str(tmp_path)])
     assert len(waits(found.events())) == passes
+
+
+@pytest.mark.parametrize("script", [train_glue, train_gsm8k])
+def test_a_saved_state_has_the_logs_numbers(small_demos, tmp_path, monkeypatch, script):
+    """Not the device's tensors, which another device could not read."""
+    whole = METHODS["bi-lora"].step
+
+    def killed(run, closure):
+        if len(run.log) == 2:
+            raise KeyboardInterrupt
+        return whole(run, closure)
+    monkeypatch.setitem(METHODS, "bi-lora", METHODS["bi-lora"]._replace(step=killed))
+    with pytest.raises(SystemExit):
+        script.main(["--method", "bi-lora", "--seeds", "0", "--limit", "40", "--batch-size", "8",
+                     "--save-every", "1", "--jobs", "1", "--device", "cpu", "--out", str(tmp_path)])
+    log = torch.load(tmp_path / "bi-lora-seed0/state.pt", weights_only=True)["log"]
+    assert len(log) == 2 and {"loss", "perturbation", "clipped"} <= log[0].keys()
+    assert {type(value) for row in log for value in row.values()} <= {int, float}

@@ -264,6 +264,9 @@ def test_weights_dealt_out_change_nothing(alone, tmp_path, small_folders, count)
             assert (found / "base_fingerprint.txt").read_text() == (
                 expected / "base_fingerprint.txt").read_text()
             assert log_of(found)[-1]["scores"] == log_of(expected)[-1]["scores"]
+            metrics = [json.loads((run / "metrics.json").read_text())["metrics"]
+                       for run in (found, expected)]
+            assert metrics[1].keys() - metrics[0].keys() == ({"rise"} if name == "glue" else set())
 
 
 def test_weights_are_dealt_out_to_several_processes_alone(tmp_path, small_folders, capsys):

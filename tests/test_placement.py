@@ -115,6 +115,17 @@ def test_a_batch_is_brought_to_the_device():
     assert ON_DEVICE([[1, 2], [3, 4]], "meta").device.type == "meta"
 
 
+@pytest.mark.parametrize("device, pinned", [("cuda", 1), ("cuda:1", 1), ("meta", 0)])
+def test_a_gpus_batch_is_pinned_and_copied_without_a_wait(device, pinned, monkeypatch):
+    """A copy from memory that is not pinned would go on too, but through a buffer of CUDA's own:
+    tests/test_cuda.py cannot see it."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: calls.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where, **how: calls.append((where, how)))
+    ON_DEVICE([1, 2], device)
+    assert calls == ["pinned"] * pinned + [((device,), {"non_blocking": True})]
+
+
 def test_new_pairs_clip_and_merge():
     """A pair is drawn on the CPU, the same on every device, and then brought there."""
     model = on_meta("bert")
