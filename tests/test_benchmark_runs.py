@@ -8,6 +8,7 @@ one_round itself PEFT's parameters and the tokens that transformers' masks leave
 import json
 import math
 import os
+import shutil
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -274,8 +275,11 @@ def test_the_model_of_the_loop_has_our_settings(libraries, small_folders, tmp_pa
     sentences, problems = small_folders
     (tmp_path / "train.tsv").write_text("Quality\t#1 String\t#2 String\n1\ta b\tb a\n")
     for name in ("train.jsonl", "test.jsonl"):
-        (tmp_path / name).write_text('{"question": "1 + 1?", "answer": "2"}\n')
-    args = of_our_script("glue", sentences, tmp_path)
+        (tmp_path / name).write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    drops = shutil.copytree(sentences, tmp_path / "model") / "config.json"
+    drops.write_text(json.dumps({**read_json(drops), "hidden_dropout_prob": 0.1,
+                                 "attention_probs_dropout_prob": 0.1}))
+    args = of_our_script("glue", str(drops.parent), tmp_path)
     model, _, _ = plain_peft.mrpc(args, AutoTokenizer.from_pretrained(sentences))
     drops = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)]
     assert drops and not any(drops)
@@ -292,7 +296,7 @@ def test_the_model_of_the_loop_has_our_settings(libraries, small_folders, tmp_pa
 
 
 class Logits:
-    """A model of given logits; it may only be called in eval mode, under autocast."""
+    """A model of given logits; it may only be called in eval mode."""
 
     def __init__(self, logits):
         self.logits, self.training = logits, True
