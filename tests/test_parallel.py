@@ -23,7 +23,7 @@ import torch
 import train_glue
 import train_gsm8k
 from bilora import bilora_step, lora_layers, lora_sam_step, primary_parameters
-from model import Transformer, read_safetensors
+from model import read_safetensors
 from test_model import bert
 from test_steps import adapted, assert_close, closure_of, sgd_pair
 from test_text_to_text import ANSWERS, golden, prompts
