@@ -75,10 +75,11 @@ def test_the_first_rows_are_copied_after_a_header(tmp_path):
 
 def test_a_short_round_comes_first_and_is_not_counted(monkeypatch):
     monkeypatch.setattr(runs, "cut", lambda task, source, folder, rows: cuts.update({folder: rows}))
-    monkeypatch.setattr(runs, "one_round", lambda _, folder, number: (cuts[folder], number))
-    cuts, options = {}, SimpleNamespace(task="glue", data="DIR", rows=99, rounds=3)
-    done = runs.measured(options)
-    assert list(cuts.values()) == [runs.SHORT, 99] and done == [(99, 0), (99, 1), (99, 2)]
+    monkeypatch.setattr(runs, "one_round", lambda _, folder, number: done.append(
+        (cuts[folder], number)) or done[-1])
+    cuts, done, options = {}, [], SimpleNamespace(task="glue", data="DIR", rows=99, rounds=3)
+    counted = runs.measured(options)
+    assert counted == done[1:] == [(99, 0), (99, 1), (99, 2)] and done[0][0] == runs.SHORT
 
 
 def test_the_loops_take_turns_and_are_timed_as_a_whole(monkeypatch, tmp_path, run):
