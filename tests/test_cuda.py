@@ -3,6 +3,9 @@
 Everything else runs the same lines on a CPU (tests/test_placement.py).
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -80,3 +83,18 @@ def test_a_batch_is_copied_while_the_host_goes_on():
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert found.tolist() == [[1, 2], [3, 0]] and found.is_cuda
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+def test_each_process_has_a_gpu_of_its_own(small_demos, small_folders, tmp_path):
+    """nccl refuses two processes on one GPU.  Two equal one, but for rounding."""
+    words = command(tmp_path / "two", "--dropout", "0", "--model", small_folders[0], "--data",
+                    small_folders[0])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node", "2", train_glue.__file__, *words], check=True, timeout=300)
+    words[words.index("--out") + 1] = str(tmp_path / "one")
+    main(words)
+    one, two = (read_safetensors(tmp_path / out / "bi-lora-seed0/adapter_model.safetensors")
+                for out in ("one", "two"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
