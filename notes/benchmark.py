@@ -315,7 +315,8 @@ def main(argv=None):
     names = dict.fromkeys([FIRST, *options.method, *(OTHERS if options.peft else FLOORS)])
     steps, left_out = steps_of(names, options)
     if FIRST in left_out:
-        raise SystemExit(f"{FIRST}: {left_out[FIRST]}")
+        print(f"error: {FIRST}: {left_out[FIRST]}", file=sys.stderr)
+        raise SystemExit(2)
     if options.profile:
         return profiled(steps)
     seconds, tokens = time_rows(steps, options), batch_tokens(options, config_of(options))
