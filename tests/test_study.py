@@ -407,7 +407,8 @@ def kept_in(folder, path):
 def test_tune_run_and_table(folder, monkeypatch, capsys):
     """A small cell from end to end; LoRA's runs are the script's own."""
     CELLS["demo"] = TINY
-    argv = ["demo", *QUICK, "--row", "lora-sam", "rwp-norm", "lora", "--out", "out"]
+    argv = ["demo", *QUICK, "--row", "lora-sam", "rwp-norm", "lora", "--out", "out",
+            "--figures", "figures"]
     assert "lora-sam: no choice; run `tune demo` first" in error_of(
         capsys, ["run", *argv], study.main)
     study.main(["tune", *argv])
