@@ -404,6 +404,20 @@ def kept_in(folder, path):
     return json.loads((folder / path / "study.json").read_text())
 
 
+def scores_are_the_scripts(lora):
+    """A run of train_glue.py on the cell's files has the scores of the study's run of seed 1."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    report = train_glue.main([*words, "--data", "out/data/demo", "--method", "lora", "--seeds", "1",
+                              *QUICK, "--out", "single"])
+    (result,) = report["results"]
+    assert [row["accuracy"] for row in result["epochs"]] == pytest.approx(lora["scores"]["dev"])
+
+
+def table_of(capsys, out):
+    study.main(["table", "--out", out, "--figures", "figures"])
+    return capsys.readouterr().out
+
+
 def test_tune_run_and_table(folder, monkeypatch, capsys):
     """A small cell from end to end; LoRA's runs are the script's own."""
     CELLS["demo"] = TINY
@@ -444,21 +458,14 @@ def test_tune_run_and_table(folder, monkeypatch, capsys):
     assert {name: len(values) for name, values in sam["scores"].items()} == {"dev": 1, "rest": 1}
     assert sam["perturbation"] == pytest.approx(radius) and lora["perturbation"] == 0
 
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    report = train_glue.main([*words, "--data", "out/data/demo", "--method", "lora", "--seeds", "1",
-                              *QUICK, "--out", "single"])
-    (result,) = report["results"]
-    assert [row["accuracy"] for row in result["epochs"]] == pytest.approx(lora["scores"]["dev"])
-
+    scores_are_the_scripts(lora)
     capsys.readouterr()
-    study.main(["table", "--out", "out", "--figures", "figures"])
-    printed = capsys.readouterr().out
+    printed = table_of(capsys, "out")
     assert f"| rwp-norm | rho {radius} |" in printed and "## demo, rest" in printed
     assert (folder / "figures/study.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "figures/study.json").read_text())
     assert record["chosen"]["demo"] == chosen
-    study.main(["table", "--out", "empty", "--figures", "figures"])  # from the record alone
-    assert capsys.readouterr().out == printed
+    assert table_of(capsys, "empty") == printed  # from the record alone
 
 
 def test_the_rest_is_scored_by_the_adapter_that_was_saved(folder, monkeypatch):
