@@ -4,7 +4,7 @@ measured}}.  As a script: draw those that are in notes/figures again, from the J
     python notes/pictures.py
 
 A line is the mean over the seeds, a band one standard error around it.  A method has the colour of
-its place in the table of methods.
+its place among the methods of its picture.
 """
 
 import glob
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from tables import NOTES, SPACES, mean_of
-from train_glue import METHODS, mean_stderr
+from train_glue import mean_stderr
 
 LAGS = (1, 2, 4, 8, 16, 32)  # steps between
 
@@ -40,10 +40,6 @@ def picture(path, columns, rows=1, height=3.2):
     return axes, write
 
 
-def colour(method):
-    return f"C{list(METHODS).index(method)}"
-
-
 def first(runs):
     """What was measured with the first seed."""
     return next(iter(runs.values()))
@@ -63,10 +59,13 @@ def band(axis, x, curves, label, **style):
 
 
 def bands(axis, results, x, y, label=lambda method: method, **style):
-    """A band for each method.  x and y: functions from what was measured in a run to a list."""
-    for method, runs in results.items():
-        curves = [y(run) for run in runs.values()]
-        band(axis, x(first(runs)), curves, label(method), color=colour(method), **style)
+    """A band for each method.  x and y: functions from what was measured in a run to a list.  A run
+    in which there was nothing to measure, {}, is left out."""
+    for place, (method, runs) in enumerate(results.items()):
+        found = [run for run in runs.values() if run]
+        if found:
+            curves = [y(run) for run in found]
+            band(axis, x(found[0]), curves, label(method), color=f"C{place}", **style)
 
 
 def steps(run):
@@ -119,9 +118,9 @@ def draw_c(results, path):
     for (left, right), space in zip(axes, SPACES):
         bands(left, results, lambda run: run[space]["radii"], lambda run: run[space]["increase"],
               marker=".")
-        for i, (method, runs) in enumerate(results.items()):
+        for i, runs in enumerate(results.values()):
             values = mean_stderr([run[space]["eigenvalue"] for run in runs.values()])
-            right.bar([i], [values["mean"]], yerr=[values["stderr"] or 0], color=colour(method))
+            right.bar([i], [values["mean"]], yerr=[values["stderr"] or 0], color=f"C{i}")
         right.set_xticks(range(len(results)), list(results), fontsize=8)
         named(left, "radius", "worst loss increase", f"{space} space")
         radii = first(first(results))[space]["radii"]
@@ -142,10 +141,10 @@ TERMS = {"B_epsA": "s B eps_A", "epsB_A": "s eps_B A", "epsB_epsA": "s eps_B eps
 
 
 def draw_d(results, path):
-    """A panel for each method, the cosines of its pairs; then one for each that perturbs B1 and A1,
-    the terms of its perturbation of W."""
+    """A panel for each method, the cosines of its pairs; then two for each that perturbs B1 and A1:
+    the terms of its perturbation of W, and the ratio of the first two to the third."""
     terms = {method: runs for method, runs in results.items() if "ratio" in first(runs)}
-    count = len(results) + len(terms)
+    count = len(results) + 2 * len(terms)
     columns = min(3, count)
     axes, write = picture(path, columns, math.ceil(count / columns))
     for axis in axes.flat[count:]:
@@ -153,11 +152,21 @@ def draw_d(results, path):
     for axis, (method, runs) in zip(axes.flat, results.items()):
         draw_lines(axis, runs, MODULES, 0)
         named(axis, "step", "cosine", method)
-    for axis, (method, runs) in zip(axes.flat[len(results):], terms.items()):
-        draw_lines(axis, runs, TERMS, len(MODULES))
-        axis.set_yscale("log", nonpositive="mask")  # the first term is zero at the start
-        named(axis, "step", "norm", f"{method}: terms of its perturbation")
+    for i, (method, runs) in enumerate(terms.items()):
+        norms, ratios = axes.flat[len(results) + 2 * i:][:2]
+        draw_lines(norms, runs, TERMS, len(MODULES))
+        named(norms, "step", "norm", f"{method}: terms of its perturbation")
+        draw_ratios(ratios, runs)
+        named(ratios, "step", "first two terms / third", f"{method}: single layers")
+        for axis in (norms, ratios):
+            axis.set_yscale("log", nonpositive="mask")  # the first term is zero at the start
     write()
+
+
+def draw_ratios(axis, runs):
+    """A line for each layer, the first seed's."""
+    ratios = np.array(first(runs)["layers"], dtype=float)
+    axis.plot(first(runs)["step"], ratios, color="grey", linewidth=0.5)
 
 
 def draw_lines(axis, runs, labels, first_colour):
@@ -173,12 +182,9 @@ def draw_e(results, path):
               "cosine_sample": "cosine with G over the sample",
               "gain_batch": "share of SAM's increase, batch",
               "gain_sample": "share of SAM's increase, sample"}
-    found = {method: {seed: run for seed, run in runs.items() if run}
-             for method, runs in results.items()}
-    found = {method: runs for method, runs in found.items() if runs}  # that have a perturbation
     for axis, (key, label) in zip(axes.flat, labels.items()):
-        bands(axis, found, steps, lambda run: run[key])
-        bands(axis, found, steps, lambda run: run[f"random_{key}"], lambda method: None,
+        bands(axis, results, steps, lambda run: run[key])
+        bands(axis, results, steps, lambda run: run[f"random_{key}"], lambda method: None,
               linestyle=":")
         axis.axhline(0, color="grey", linewidth=0.5)
         named(axis, "step", label)
@@ -232,7 +238,7 @@ def main():
             name, draw = DRAWINGS[part]
             place = path.replace("sharpness.json", f"{name}.png")
             if os.path.exists(place):
-                draw({method: found[method] for method in METHODS if method in found}, place)
+                draw(found, place)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ script, and draws them.
     python notes/sharpness.py runs/demo --out notes/figures
 
 RUN is the --out of a command, or one run folder in it; several are taken together where their task
-is the same.  Any method of the table will do.  Parts:
+is the same.  Any method of the table will do.  NAME=RUN gives the runs of one method a name of
+their own, which two settings of a method need.  Parts:
   a  loss along random filter-normalised directions, in LoRA space and in full space; a contour plot
      of the first seed
   b  loss and scores at w + alpha g / ||g||, Eq. (A22), in both spaces
   c  worst loss within a radius, and the Hessian's largest eigenvalue, in both spaces
-  d  norms of the three terms of a perturbation of B1 and A1; cosine of each pair with its last
-     value, and of the two pairs
+  d  norms of the three terms of a perturbation of B1 and A1, and their ratio in each layer; cosine
+     of each pair with its last value, and of the two pairs; effective rank of the auxiliary pair
   e  how adversarial each method's perturbation is, beside SAM's in full space, Eq. (A2), and a
      random one
   f  the ascent by itself: trains again, with several rules for the auxiliary pair, and watches each
@@ -26,6 +27,7 @@ draws everything that was measured before, of all tasks, in one command.
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -66,6 +68,7 @@ SETTINGS = {  # what the result of each part depends on, beside the run
 class Run:
     """A finished run of a script, with the model as it was trained."""
     folder: str
+    name: str        # in tables and pictures
     options: object  # of this program
     config: dict
     script: object   # train_glue or train_gsm8k
@@ -158,6 +161,12 @@ class Run:
         found = self.script.evaluate(self.args, self.model, data)
         return found["scores"] if self.script is train_glue else train_gsm8k.scores_of(found)
 
+    @cached_property
+    def fresh(self):
+        """Evaluation rows, as many as the sample's."""
+        rows = next(iter(self.data.sets.values()))
+        return random.Random(self.options.seed).sample(rows, min(self.options.rows, len(rows)))
+
     def evaluation_sets(self):
         """Those of the task, --eval-rows of each."""
         rng, count = partial(random.Random, self.options.seed), self.options.eval_rows
@@ -232,7 +241,8 @@ def run_folders(path):
 
 def load_runs(options):
     runs, loaded = [], {}
-    for folder in [folder for path in options.run for folder in run_folders(path)]:
+    for name, folder in [(name, folder) for name, path in map(named_path, options.run)
+                         for folder in run_folders(path)]:
         path = os.path.join(folder, "config.json")
         config = read_json(path)
         for key in ("method", "seed", "rho", "files", "task", "model"):
@@ -255,8 +265,25 @@ def load_runs(options):
         elif key not in loaded:
             loaded[key] = script.load(args)
             require_same_files(config["files"], loaded[key].files)
-        runs.append(Run(folder, options, config, script, args, loaded[key]))
+        name = name or config["method"]
+        runs.append(Run(folder, name, options, config, script, args, loaded[key]))
     return runs
+
+
+def named_path(text):
+    """(name, or None; path) of NAME=RUN or RUN."""
+    name, separator, path = text.partition("=")
+    return (name, path) if separator and not os.path.exists(text) else (None, text)
+
+
+def require_different_names(runs):
+    """ValueError where two runs of one task and seed have one name."""
+    seen = {}
+    for run in runs:
+        other = seen.setdefault((run.task, run.name, run.seed), run)
+        if other is not run:
+            raise ValueError(f"{run.folder}: its name in the tables is {run.name!r}, seed "
+                             f"{run.seed}, as that of {other.folder}; expected NAME=RUN")
 
 
 def require_same_files(then, now):
@@ -360,6 +387,11 @@ def measure_b(run, options):
     return result
 
 
+def over(first, third):
+    """The ratio; None at B = 0, where the third term is zero."""
+    return first / third if third else None
+
+
 def columns(rows):
     """{key: a list over the rows}, None where a row has no such key."""
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -380,9 +412,9 @@ def measure_c(run, options):
 
 def measure_d(run, options):
     """Lists over the snapshots.  Cosines with the last value: of B, A and the product of the
-    primary pairs, and of the auxiliary product; the cosine of the two products.  Where the method
-    perturbs B1 and A1: the norms of the three terms that this is in W, and what the first two are
-    together over the third."""
+    primary pairs, and of the auxiliary product; the cosine of the two products; effective rank of
+    the auxiliary one.  Where the method perturbs B1 and A1: the norms of the three terms that this
+    is in W, and what the first two are together over the third, over all layers and in each."""
     rows, snapshots = [], run.snapshots()
     run.put(snapshots[-1][1])
     at_end = [[tensor.clone() for tensor in pair] for pair in run.primary()]
@@ -395,14 +427,15 @@ def measure_d(run, options):
         if aux_at_end:
             row["auxiliary"] = low_rank_cosine(run.auxiliary(), aux_at_end)
             row["between"] = low_rank_cosine(run.primary(), run.auxiliary())
+            row["rank"] = effective_rank(run.auxiliary())
         _, moves = perturbation(run, run.batches[0])
         if norm(moves) > 0 and len(moves) == 2 * len(run.layers):  # B1 and A1, no magnitude
             terms = lora_sam_terms(run.layers, moves)
             names = ("B_epsA", "epsB_A", "epsB_epsA")
             row |= {name: norm(term) for name, term in zip(names, terms)}
-            first = norm([x + y for x, y in zip(*terms[:2])])
-            third = row["epsB_epsA"]  # at B = 0 there is none
-            row["ratio"] = first / third if third else None
+            parts = [(norm([x + y]), norm([z])) for x, y, z in zip(*terms)]
+            row["ratio"] = over(math.hypot(*(first for first, _ in parts)), row["epsB_epsA"])
+            row["layers"] = [over(*part) for part in parts]
         rows.append(row)
     return columns(rows)
 
@@ -412,10 +445,11 @@ def measure_e(run, options):
 
     For the method's perturbation and a random one as long ("random_..."): cosine_batch with G of a
     batch, and gain_batch, its loss increase over that of SAM's perturbation of the same length; the
-    same over the sample.  reach: the share of ||G||^2, G over the sample, in {B X + Y A} of the
-    auxiliary pairs, or of the primary ones where there are no others; best_rank: that of the best
-    approximation of their rank.  Means over the batches; the sample's with the perturbation of the
-    first batch.  A snapshot whose perturbation is zero is left out."""
+    same over the sample, and over fresh rows, of the evaluation set.  reach: the share of
+    ||G||^2, G over the sample, in {B X + Y A} of the auxiliary pairs, or of the primary ones where
+    there are no others; best_rank: that of the best approximation of their rank.  Means over the
+    batches; sample's and fresh rows' with the perturbation of the first batch.  A snapshot whose
+    perturbation is zero is left out."""
     rows = []
     for step, path in run.moments():
         run.put(path)
@@ -423,28 +457,31 @@ def measure_e(run, options):
         found = [(batch, eps) for batch, eps in found if norm(eps) > 0]
         if not found:
             continue
-        whole, weights = run.losses(run.sample), [layer.weight for layer in run.layers]
-        generator, (start, G) = run.generator(), gradient(whole, weights)
-        parts = []
+        weights, generator, parts = [layer.weight for layer in run.layers], run.generator(), []
+        whole = {"sample": with_gradient(run.losses(run.sample), weights),
+                 "fresh": with_gradient(run.losses(run.fresh), weights)}
         for batch, eps in found:
-            losses = run.losses(batch)
-            before, g = gradient(losses, weights)
             noise = [torch.randn(e.shape, generator=generator).to(e) for e in eps]
             part = {"norm": norm(eps)}
+            sets = {"batch": with_gradient(run.losses(batch), weights), **({} if parts else whole)}
             for name, e in (("", eps), ("random_", scaled(noise, norm(eps)))):
-                part[name + "cosine_batch"] = cosine(e, g)
-                part[name + "gain_batch"] = gain(losses, weights, e, g, before)
-                if not parts:
-                    part[name + "cosine_sample"] = cosine(e, G)
-                    part[name + "gain_sample"] = gain(whole, weights, e, G, start)
+                for where, (losses, before, g) in sets.items():
+                    part[f"{name}cosine_{where}"] = cosine(e, g)
+                    part[f"{name}gain_{where}"] = gain(losses, weights, e, g, before)
             parts.append(part)
         pairs = run.auxiliary() or run.primary()
         means = {key: np.mean([part[key] for part in parts if key in part]).item()
                  for key in parts[0]}
+        *_, G = whole["sample"]
         rows.append({"step": step, "gradient": norm(G), **means,
                      "reach": reachable_energy(G, pairs),
                      "best_rank": best_rank_energy(G, len(pairs[0][1]))})
     return columns(rows)
+
+
+def with_gradient(losses, weights):
+    """(losses, their sum, its gradient)."""
+    return losses, *gradient(losses, weights)
 
 
 def gain(losses, weights, eps, G, before):
@@ -554,7 +591,7 @@ def measure(runs, options):
         path = os.path.join(run.folder, "sharpness.json")
         known = read_json(path) if os.path.exists(path) else {}
         for part in parts:
-            bar.set_description(f"{run.task}, {run.method}, seed {run.seed}, part {part}")
+            bar.set_description(f"{run.task}, {run.name}, seed {run.seed}, part {part}")
             settings = {name: getattr(options, name) for name in SETTINGS[part]}
             if not options.cached and known.get(part, {}).get("settings") != settings:
                 known[part] = {"settings": settings, "result": MEASURES[part](run, options)}
@@ -562,8 +599,8 @@ def measure(runs, options):
                 if part in "defg":
                     run.drop()  # its weights are those of a snapshot now
             if part in known:
-                methods_of = results.setdefault(run.task, {}).setdefault(part, {})
-                methods_of.setdefault(run.method, {})[run.seed] = known[part]["result"]
+                names = results.setdefault(run.task, {}).setdefault(part, {})
+                names.setdefault(run.name, {})[run.seed] = known[part]["result"]
                 settings = known[part]["settings"]
                 first = used.setdefault(run.task, {}).setdefault(part, settings)
                 if first != settings:
@@ -575,15 +612,18 @@ def measure(runs, options):
 
 def report_of(task, parts, settings, runs, out):
     """What is in OUT/TASK-sharpness.json; draws the pictures and prints the tables."""
+    order = dict.fromkeys(run.name for run in runs)
+    if all(name in METHODS for name in order):
+        order = [name for name in METHODS if name in order]
     for part, found in parts.items():
         name, draw = DRAWINGS[part]
-        parts[part] = {method: found[method] for method in METHODS if method in found}
+        parts[part] = {name: found[name] for name in order if name in found}
         if any(result for seeds in found.values() for result in seeds.values()):
             draw(parts[part], os.path.join(out, f"{task}-{name}.png"))
-    folders = [run.folder for run in runs]
-    metrics = [read_json(os.path.join(folder, "metrics.json")) for folder in folders]
-    numbers = tables(parts, metrics)
-    text = all_tables(task, numbers)
+    scores = {name: {run.seed: read_json(os.path.join(run.folder, "metrics.json"))["metrics"]
+                     for run in runs if run.name == name} for name in order}
+    numbers = tables(parts, scores)
+    text, folders = all_tables(task, numbers), [run.folder for run in runs]
     report = {"settings": settings, "runs": folders, "tables": numbers, "measured": parts}
     write_text(os.path.join(out, f"{task}-sharpness.json"), json.dumps(report))
     write_text(os.path.join(out, f"{task}-sharpness.md"), text)
@@ -615,7 +655,8 @@ def parse_arguments(argv):
     parser = train_glue.Parser(description=__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", metavar="RUN",
-                        help="the --out of train_glue.py or train_gsm8k.py, or a run folder in it")
+                        help="the --out of train_glue.py or train_gsm8k.py, or a run folder in it; "
+                        "NAME=RUN: what tables and pictures call its method")
     parser.add_argument("--parts", nargs="+", choices=MEASURES, default=list(MEASURES),
                         help="default: all")
     parser.add_argument("--out", help="folder of the pictures, tables and numbers (default: the "
@@ -642,6 +683,7 @@ def main(argv=None):
     parser, options = parse_arguments(argv)
     try:
         runs = load_runs(options)
+        require_different_names(runs)
         results, used = measure(runs, options)
         out, report = options.out or options.run[0], {}
         os.makedirs(out, exist_ok=True)

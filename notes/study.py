@@ -5,14 +5,17 @@ contrasts are in study_plan.py, the statistics in study_tables.py.
     python notes/study.py run demo --jobs 2
     python notes/study.py run sst2-1000 --model DIR --data GLUE --row lora lora-sam
     python notes/study.py flat sst2-1000-noise30 --model DIR --data GLUE
+    python notes/study.py lab demo -- --parts a b
     python notes/study.py table
 
 A cell is a task with a number of rows and a share of wrong labels.  A row is a method with a rule
 for its settings: one setting, a grid from which `tune` chooses, or another row's radius.  A run's
 folder is OUT/CELL/SETTING/METHOD-seedN, so rows with one setting share their runs.  Every command
-takes finished runs as they are.  `flat` trains H5's rows again, with snapshots, in OUT/flat, and
-measures them (study_flat.py).  `table` adds all runs of OUT to notes/figures/study.json, and
-reads that file alone.
+takes finished runs as they are; with --recorded, `tune` and `run` take those of
+notes/figures/study.json too.  `flat` trains H5's rows again, with snapshots, in OUT/flat, and
+measures them (study_flat.py).  `lab` trains the laboratory's rows there, and has sharpness.py
+measure them; what follows -- are its options.  `table` adds all runs of OUT to the record
+notes/figures/study.json, and reads that file alone.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 from concurrent.futures import BrokenExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -32,13 +36,14 @@ import torch
 from tqdm import tqdm
 
 import methods
+import sharpness
 import study_flat
 import train_glue
 import train_gsm8k
 from bilora import add_lora, load_adapter
 from model import read_json, read_safetensors, require, write_text
-from study_plan import (CELLS, FLAT, FLAT_SEEDS, ROWS, TUNING_SEEDS, combinations, folder_name,
-                        install, script_of, setting_in)
+from study_plan import (CELLS, FLAT, FLAT_SEEDS, LAB, ROWS, TUNING_SEEDS, combinations,
+                        folder_name, install, script_of, setting_in)
 from study_tables import all_tables, counting_set, draw
 from train_glue import SETTINGS, TASKS, Parser, begin, evaluate, read_tsv, run_all
 
@@ -145,11 +150,13 @@ def arguments(name, method, options, setting, more=()):
 def perform(name, wanted, seeds, options, more=()):
     """Train what is not finished of [(method, setting)], all seeds of one before the next."""
     jobs, todo = {}, {}
+    known = record(options)["runs"].get(name, {}) if options.recorded else {}
     for method, setting in wanted:
         args = arguments(name, method, options, setting, more)
+        have = known.get(folder_name(method, setting), {})
         for seed in seeds:
             folder = os.path.join(args.out, f"{method}-seed{seed}")
-            if not os.path.exists(os.path.join(folder, "study.json")):
+            if str(seed) not in have and not os.path.exists(os.path.join(folder, "study.json")):
                 jobs[folder], todo[seed, method, args.out] = args, folder
     print(f"{name}: {len(todo)} runs to train in {options.out}")
     if not todo:
@@ -295,8 +302,11 @@ def tune(name, rows, options):
     wanted = [(ROWS[row].method, setting) for row in rows for setting in combinations(ROWS[row])]
     perform(name, wanted, TUNING_SEEDS, options)
     runs = finished(options.out, name)
+    if options.recorded:
+        runs = record(options)["runs"].get(name, {})
     made = {row: choose(ROWS[row], runs) for row in tuned_rows(CELLS[name].rows)}
     made = {row: choice for row, choice in made.items() if choice}
+    os.makedirs(os.path.join(options.out, name), exist_ok=True)
     write_text(os.path.join(options.out, name, "chosen.json"), json.dumps(made, indent=2))
     for row, choice in made.items():
         print(f"{row}: {choice['setting']}")
@@ -321,20 +331,33 @@ def settings_of(name, rows, options):
         wanted[row] = ROWS[row].method, found
     return wanted
 
-def flat(name, seeds, options):
-    """H5: the rows again with a snapshot an epoch, and OUT/flat/CELL/flat.json,
-    {seed: {row: what study_flat.measure finds, and the score that counts}}."""
-    own = SimpleNamespace(**{**vars(options), "out": os.path.join(options.out, "flat")})
-    wanted, epochs = settings_of(name, FLAT, options), SETTINGS["study-" + name]["epochs"]
+def watched(name, rows, seeds, options):
+    """Train the rows with a snapshot an epoch, in OUT/flat; {row: {seed: run folder}}."""
+    own = SimpleNamespace(**{**vars(options), "out": os.path.join(options.out, "flat"),
+                             "recorded": False})
+    wanted, epochs = settings_of(name, rows, options), SETTINGS["study-" + name]["epochs"]
     perform(name, list(wanted.values()), seeds, own, ["--snapshots", str(epochs + 1)])
-    path, found = os.path.join(own.out, name, "flat.json"), {}
+    return {row: {seed: os.path.join(own.out, name, folder_name(*pair), f"{pair[0]}-seed{seed}")
+                  for seed in seeds} for row, pair in wanted.items()}
+
+def lab(name, rows, seeds, options, words):
+    """sharpness.py on the rows, under their names."""
+    runs = watched(name, rows, seeds, options)
+    sharpness.main([f"{row}={folder}" for row, folders in runs.items()
+                    for folder in folders.values()]
+                   + ["--device", options.device, "--out", options.figures, *words])
+
+def flat(name, seeds, options):
+    """H5: its rows, and OUT/flat/CELL/flat.json, {seed: {row: what study_flat.measure finds, and
+    the score that counts}}."""
+    runs, found = watched(name, FLAT, seeds, options), {}
+    path = os.path.join(options.out, "flat", name, "flat.json")
     if os.path.exists(path):
         found = read_json(path)
     for seed in map(str, seeds):
         if seed in found:
             continue
-        folders = {row: os.path.join(own.out, name, folder_name(*pair), f"{pair[0]}-seed{seed}")
-                   for row, pair in wanted.items()}
+        folders = {row: folders[int(seed)] for row, folders in runs.items()}
         measured = study_flat.measure(folders, options.device)
         for row, folder in folders.items():
             kept = read_json(os.path.join(folder, "study.json"))
@@ -374,20 +397,27 @@ def report(options):
 
 def parse_arguments(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("tune", "run", "flat", "table"))
+    parser.add_argument("command", choices=("tune", "run", "flat", "lab", "table"))
     parser.add_argument("cell", nargs="?", choices=CELLS)
     parser.add_argument("--row", nargs="+", choices=ROWS, help="default: all of the cell")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: all of the cell")
+    parser.add_argument("--recorded", action=argparse.BooleanOptionalAction, default=False,
+                        help="tune, run: do not make a run again that study.json has")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--model", help="folder of MiniLM, for gsm8k of SmolLM2")
     parser.add_argument("--data", help="GLUE's root (default: GLUE_DATA), or GSM8K's (GSM8K_DATA)")
     parser.add_argument("--out", default=os.path.join("runs", "study"))
     parser.add_argument("--figures", default=FIGURES, help="folder of study.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser, parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    options, words = parser.parse_args(argv[:split]), argv[split + 1:]
+    if words and options.command != "lab":
+        parser.error(f"{words[0]}: only lab takes options after --")
+    return parser, options, words
 
 def main(argv=None):
-    parser, options = parse_arguments(argv)
+    parser, options, words = parse_arguments(argv)
     try:
         if options.command == "table":
             report(options)
@@ -395,8 +425,8 @@ def main(argv=None):
         require(options.cell, f"{options.command} needs a cell: {', '.join(CELLS)}")
         install()
         cell = CELLS[options.cell]
-        own = FLAT if options.command == "flat" else cell.rows
-        count = FLAT_SEEDS if options.command == "flat" else cell.seeds
+        own = {"flat": FLAT, "lab": LAB}.get(options.command, cell.rows)
+        count = FLAT_SEEDS if options.command in ("flat", "lab") else cell.seeds
         rows, seeds = options.row or own, options.seeds or range(count)
         for row in rows:
             require(row in cell.rows, f"{row} is no row of {options.cell}: {', '.join(cell.rows)}")
@@ -407,6 +437,8 @@ def main(argv=None):
         elif options.command == "flat":
             require(options.row is None, f"flat has rows of its own: {', '.join(FLAT)}")
             flat(options.cell, seeds, options)
+        elif options.command == "lab":
+            lab(options.cell, rows, seeds, options, words)
         else:
             run(options.cell, rows, seeds, options)
     except (ValueError, OSError, BrokenExecutor) as error:

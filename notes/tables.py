@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-import methods  # noqa: F401  all methods of the table, and the path to train_glue
+import methods  # noqa: F401  the path to train_glue
 from model import write_text
 from train_glue import METHODS, mean_stderr
 
@@ -75,11 +75,14 @@ def quantities_d(result):
     names = {"B": "B1, half-way, with its last value", "A": "A1, half-way, with its last value",
              "primary": "B1 A1, half-way, with its last value",
              "auxiliary": "B2 A2, half-way, with its last value",
-             "between": "B1 A1 with B2 A2, half-way"}
+             "between": "B1 A1 with B2 A2, half-way", "rank": "effective rank of B2 A2, half-way"}
     rows = {name: result[key][half] for key, name in names.items() if key in result}
     if "ratio" in result:
         ratios = np.array(result["ratio"], dtype=float)
         rows["first-order terms / third, median"] = np.nanmedian(ratios).item()
+        layers = np.nanmedian(np.array(result["layers"], dtype=float), 0)
+        for name, of in (("median", np.median), ("smallest", np.min), ("largest", np.max)):
+            rows[f"first-order terms / third, single layers, {name}"] = of(layers).item()
     return rows
 
 
@@ -113,15 +116,13 @@ QUANTITIES = {"a": quantities_a, "b": quantities_b, "c": quantities_c, "d": quan
               "e": quantities_e, "f": quantities_f, "g": quantities_g}
 
 
-def tables(results, finished):
+def tables(results, scores):
     """{part: {quantity: {method: entry}}}, an entry as entry_of's.
 
-    results: {part: {method: {seed: what was measured}}}.  finished: the metrics.json of each run.
+    results: {part: {method: {seed: what was measured}}}.  scores: {method: {seed: metrics}}.
     """
-    numbers, scores = {}, {}
-    for run in finished:
-        scores.setdefault(run["method"], {})[run["seed"]] = run["metrics"]
-    found = {"scores": {method: scores[method] for method in METHODS if method in scores}}
+    numbers = {}
+    found = {"scores": scores}
     for part in [part for part in results if part != "contour"]:
         found[part] = {method: {seed: quantities(part, result) for seed, result in seeds.items()}
                        for method, seeds in results[part].items()}
@@ -173,7 +174,7 @@ def all_tables(task, numbers):
     difference to the first method, seed by seed."""
     text = f"# {task}: what sharpness.py measured\n"
     for part, rows in numbers.items():
-        columns = [method for method in METHODS if any(method in row for row in rows.values())]
+        columns = list(dict.fromkeys(method for row in rows.values() for method in row))
         text += "\n" + line_of([part, *columns]) + line_of(["---"] * (len(columns) + 1))
         for name, row in rows.items():
             text += line_of([name, *(value_and_difference(row.get(key, {})) for key in columns)])
@@ -205,11 +206,12 @@ def table(kind, mark, numbers):
     """The Markdown lines that belong between a mark and its end.  kind: table or pivot."""
     tasks, part, wanted, *patterns = shlex.split(mark)
     tasks = list(numbers) if tasks == "*" else tasks.split(",")
-    wanted = list(METHODS) if wanted == "*" else wanted.split(",")
+    several = wanted == "*" or "," in wanted
     cells = {}  # {(task, method, quantity): entry}
     for task in tasks:
         for name, row in numbers[task].get(part, {}).items():
-            cells |= {(task, method, name): row[method] for method in wanted if row.get(method)}
+            own = row if wanted == "*" else wanted.split(",")
+            cells |= {(task, method, name): row[method] for method in own if row.get(method)}
     names = list(dict.fromkeys(name for *_, name in cells))
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
@@ -220,8 +222,8 @@ def table(kind, mark, numbers):
     if not cells:
         raise ValueError(f"<!-- {kind}: {mark} -->: none of these methods was measured")
     if kind == "pivot":
-        return laid_out(*pivoted(cells, len(tasks) > 1, len(wanted) > 1))
-    if len(wanted) == 1:
+        return laid_out(*pivoted(cells, len(tasks) > 1, several))
+    if not several:
         return laid_out(*by_task(cells))
     return laid_out(*by_method(cells, names, len(tasks) > 1))
 

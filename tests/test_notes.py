@@ -305,8 +305,12 @@ def test_the_quantities_of_a_table():
         "full space, worst increase within 0.1": 1.0, "full space, worst increase within 0.5": 7.0,
         "full space, largest eigenvalue": 3.0, "full space, residual of the eigenvalue": 0.25}
     d = {"step": [0, 5, 10], "primary": [0.1, 0.6, 1.0], "B": [None, 0.5, 1.0],
-         "A": [0.8, 0.9, 1.0], "ratio": [None, 100.0, 300.0]}
+         "A": [0.8, 0.9, 1.0], "ratio": [None, 100.0, 300.0], "rank": [None, 3.0, 2.0],
+         "layers": [[None, None, None], [90.0, 30.0, 8.0], [110.0, 50.0, 8.0]]}
     found = tables.quantities("d", d)
+    layers = [found[f"first-order terms / third, single layers, {name}"]
+              for name in ("smallest", "median", "largest")]
+    assert layers == [8.0, 40.0, 100.0] and found["effective rank of B2 A2, half-way"] == 3.0
     assert found["B1 A1, half-way, with its last value"] == 0.6
     assert found["first-order terms / third, median"] == 200.0
     e = {"step": [3, 9], "cosine_batch": [0.3, -0.1], "gain_batch": [0.5, 0.1]}

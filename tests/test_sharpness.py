@@ -266,14 +266,14 @@ def test_snapshots_are_the_training_runs_weights():
     assert c == pytest.approx(min(last["perturbation"], 0.05), rel=1e-4) and c > 0
 
 
-@pytest.mark.parametrize("sign, of", [(1, "batch"), (-1, "batch"), (1, "sample")])
+@pytest.mark.parametrize("sign, of", [(1, "batch"), (-1, "batch"), (1, "sample"), (1, "fresh")])
 def test_sams_own_perturbation_is_fully_adversarial(sign, of, monkeypatch):
     """Where the method's perturbation is +-rho G / ||G||, its cosine is +-1 and its gain near +-1,
     of the batch or over the sample."""
     run, options = a_run("bi-lora")
 
     def sam(run, batch):
-        losses = run.losses(batch if of == "batch" else run.sample)
+        losses = run.losses({"batch": batch, "sample": run.sample, "fresh": run.fresh}[of])
         weights = [layer.weight.requires_grad_(True) for layer in run.layers]
         grads = torch.autograd.grad(sum(loss() for loss in losses), weights)
         total = math.sqrt(sum(g.square().sum().item() for g in grads))
@@ -286,10 +286,23 @@ def test_sams_own_perturbation_is_fully_adversarial(sign, of, monkeypatch):
     assert len(found["step"]) == 2 and found["norm"] == pytest.approx([1e-3] * 2, rel=1e-4)
     assert found[f"cosine_{of}"] == pytest.approx([sign] * 2, rel=1e-5)
     assert found[f"gain_{of}"] == pytest.approx([sign] * 2, rel=0.05)
-    other = "sample" if of == "batch" else "batch"
-    assert max(map(abs, found[f"cosine_{other}"])) < 0.999
+    for other in {"batch", "sample", "fresh"} - {of}:
+        assert max(map(abs, found[f"cosine_{other}"])) < 0.999
+    texts = [tuple(ids) for ids, *_ in run.rows]
+    assert len(run.fresh) == 12 and not any(tuple(ids) in texts for ids, *_ in run.fresh)
     assert max(map(abs, found["random_cosine_batch"])) < 0.05
     assert all(0 < share < 1 for share in found["reach"] + found["best_rank"])
+
+
+def effective_rank_by_svd(matrices):
+    """exp of the entropy of the singular values' shares, weighted by ||.||^2."""
+    total, weight = 0.0, 0.0
+    for matrix in matrices:
+        sigma = torch.linalg.svdvals(matrix.double())
+        p = sigma[sigma > 1e-6 * sigma[0]] / sigma.sum()
+        total += sigma.square().sum().item() * math.exp(-(p * p.log()).sum().item())
+        weight += sigma.square().sum().item()
+    return total / weight
 
 
 def test_bi_loras_perturbation_is_what_training_adds():
@@ -315,6 +328,10 @@ def test_bi_loras_perturbation_is_what_training_adds():
         assert found["primary"][i] == cosine(pairs[i][0], pairs[3][0])
         assert found["auxiliary"][i] == cosine(pairs[i][1], pairs[3][1])
         assert found["between"][i] == cosine(*pairs[i])
+    run.put(steps[2])
+    products = [layer.aux_delta().detach() for layer in run.layers]
+    assert found["rank"][0] is None and found["rank"][2] == pytest.approx(
+        effective_rank_by_svd(products), rel=1e-4)
 
 
 def test_lora_sams_perturbation_is_eq_4():
@@ -334,6 +351,15 @@ def test_lora_sams_perturbation_is_eq_4():
         moved = layer.scale * ((layer.lora_B + B) @ (layer.lora_A + A)
                                - layer.lora_B @ layer.lora_A)
         torch.testing.assert_close(e, moved.detach(), rtol=1e-3, atol=1e-7)
+    terms = []  # Eq. (5), of each layer
+    for layer, B, A in zip(run.layers, expected[::2], expected[1::2], strict=True):
+        first = layer.lora_B @ A + B @ layer.lora_A
+        terms.append((first.detach().norm().item(), (B @ A).norm().item()))
+    found = sharpness.measure_d(run, sharpness.parse_arguments(["out"])[1])
+    assert found["layers"][0] == [None] * len(terms) and found["ratio"][0] is None
+    assert found["layers"][-1] == pytest.approx([one / three for one, three in terms], rel=1e-3)
+    firsts, thirds = map(torch.tensor, zip(*terms))
+    assert found["ratio"][-1] == pytest.approx((firsts.norm() / thirds.norm()).item(), rel=1e-3)
 
 
 def test_the_watched_ascent_trains_as_the_script_does(monkeypatch):
@@ -407,6 +433,24 @@ def test_wrong_input_is_one_line(argv, named, capsys, folder):
         argv = [*argv, "--parts", "d"]
     assert named in error_of(capsys, [*argv, "--out", "nothing"], sharpness.main)
     assert not os.path.exists("nothing")
+
+
+def test_two_settings_of_a_method_need_names(tmp_path, monkeypatch, capsys):
+    """Under their names, in the order of the command line; the first one is lora's."""
+    shutil.copytree("out", tmp_path / "out")
+    shutil.copytree("out/lora-sam-seed0", tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    assert "its name in the tables is 'lora-sam', seed 0, as that of out/lora-sam-seed0; " \
+        "expected NAME=RUN" in error_of(capsys, ["out", "other", "--out", "f"], sharpness.main)
+    assert not os.path.exists("f")
+    argv = ["lora=out/lora-seed0", "mine=other", "out/lora-sam-seed0", *SMALL, "--parts", "c"]
+    report = sharpness.main([*argv, "--out", "f"])["demo"]
+    assert [*report["measured"]["c"]] == [*report["tables"]["scores"]["accuracy"]] == [
+        "lora", "mine", "lora-sam"]
+    rows = report["tables"]["c"]["full space, largest eigenvalue"]
+    assert rows["mine"] == rows["lora-sam"] and rows["mine"]["difference"]["mean"] != 0
+    head = next(line for line in open("f/demo-sharpness.md") if line.startswith("| c "))
+    assert head == "| c | lora | mine | lora-sam |\n"
 
 
 def test_runs_without_adapters_are_left_out_by_name(tmp_path, capsys):

@@ -468,6 +468,46 @@ def test_tune_run_and_table(folder, monkeypatch, capsys):
     assert table_of(capsys, "empty") == printed  # from the record alone
 
 
+def test_runs_of_the_record_are_not_made_again(folder, monkeypatch):
+    """With --recorded; what is missing is made, and without the option all."""
+    CELLS["demo"], calls, train = TINY._replace(seeds=3), [], train_glue.train
+
+    def counted(args, method, seed, *more):
+        calls.append((method, seed))
+        return train(args, method, seed, *more)
+
+    monkeypatch.setattr(train_glue, "train", counted)
+    argv = ["demo", *QUICK, "--row", "lora-sam", "lora", "--figures", "figures"]
+    study.main(["run", "demo", *QUICK, "--row", "lora", "--seeds", "1", "--out", "one"])
+    study.main(["tune", *argv, "--out", "one"])
+    study.main(["table", "--out", "one", "--figures", "figures"])
+    chosen = (folder / "one/demo/chosen.json").read_bytes()
+    calls.clear()
+    study.main(["tune", *argv, "--out", "two", "--recorded"])
+    assert not calls and (folder / "two/demo/chosen.json").read_bytes() == chosen
+    study.main(["run", *argv, "--out", "two", "--recorded"])
+    assert sorted(calls) == [("lora", 0), ("lora", 2), *(("lora-sam", seed) for seed in range(3))]
+    study.main(["run", *argv, "--out", "two"])
+    assert calls[5:] == [("lora", 1)]
+
+
+def test_the_laboratory_measures_rows_under_their_names(folder):
+    """Two settings of one method side by side, a snapshot an epoch; the record is untouched."""
+    CELLS["demo"] = TINY
+    for out in ("out/demo", "figures"):
+        os.makedirs(out)
+    chosen = {"bi-lora": {"setting": {"rho": 0.2, "ratio": 1000}}}
+    (folder / "out/demo/chosen.json").write_text(json.dumps(chosen))
+    study.main(["lab", "demo", *QUICK, "--seeds", "0", "--row", "lora", "bi-lora-paper", "bi-lora",
+                "--out", "out", "--figures", "figures", "--", "--parts", "d", "--rows", "8"])
+    report = json.loads((folder / "figures/study-demo-sharpness.json").read_text())
+    found = {row: runs["0"] for row, runs in report["measured"]["d"].items()}
+    assert [*found] == ["lora", "bi-lora-paper", "bi-lora"] and found["lora"]["step"] == [0, 2, 4]
+    assert found["bi-lora"]["rank"] != found["bi-lora-paper"]["rank"]
+    assert report["settings"]["d"] == {"seed": 0}
+    assert study.finished("out", "demo") == {} and not (folder / "figures/study.json").exists()
+
+
 def test_the_rest_is_scored_by_the_adapter_that_was_saved(folder, monkeypatch):
     """As the script scores it in its last epoch, where it is an evaluation set of every epoch."""
     CELLS["demo"] = TINY._replace(settings={**SMALL, "lr": 0.02})
