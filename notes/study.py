@@ -44,7 +44,7 @@ from bilora import add_lora, load_adapter
 from model import read_json, read_safetensors, require, write_text
 from study_plan import (CELLS, FLAT, FLAT_SEEDS, LAB, ROWS, TUNING_SEEDS, combinations,
                         folder_name, install, script_of, setting_in)
-from study_tables import all_tables, counting_set, draw
+from study_tables import all_tables, counting_set, draw_curves, draw_gains
 from train_glue import SETTINGS, TASKS, Parser, begin, evaluate, read_tsv, run_all
 
 FIGURES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "figures")
@@ -389,7 +389,8 @@ def report(options):
     write_text(os.path.join(options.figures, "study.json"), json.dumps(found) + "\n")
     text = all_tables(found)
     write_text(os.path.join(options.figures, "study.md"), text)
-    draw(found, os.path.join(options.figures, "study.png"))
+    draw_gains(found, os.path.join(options.figures, "study.png"))
+    draw_curves(found, os.path.join(options.figures, "study-curves.png"))
     print(text)
 
 

@@ -12,8 +12,8 @@ import statistics
 import numpy as np
 from matplotlib.figure import Figure
 
-from study_plan import (CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY, ROWS, folder_name,
-                        setting_in, sets_of)
+from study_plan import (ALL, CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY, ROWS,
+                        folder_name, setting_in, sets_of)
 
 
 # --------------------------------------------------------------------------------- statistics
@@ -59,6 +59,7 @@ def spearman(x, y):
 # ------------------------------------------------------------------------- tables and figure
 
 DERIVED = STOPPED, BEST = "lora, epoch chosen on held", "lora, best epoch"
+CHEAP = ("label-smoothing", "head-decay", STOPPED)  # explanations without a perturbation
 
 def runs_of(found, cell, row):
     """({option: value}, {seed: what is kept}) of a row, the plan's seeds alone; (None, {}) where
@@ -218,17 +219,47 @@ def flat_table(found, cell):
         text += f"| {row} | {' | '.join(f'{mean:.4g}' for mean in means)} |\n"
     return text + f"\nMeans over {len(seeds)} seeds; the residual is that of the eigenvalue.\n"
 
-def draw(found, path):
-    """Gain over LoRA against n and noise on SST-2, a line a row, with 95 % intervals."""
+def gain_of(found, cell, row):
+    """(mean gain over LoRA on the set that counts, half of its 95 % interval), or None before there
+    are two seeds."""
+    gain = list(difference(found, cell, row, "lora", counting_set(cell)).values())
+    return interval(gain) if len(gain) > 1 else None
+
+def draw_gains(found, path):
+    """A panel for each cell of sentences, a line of its own for each row, with 95 % intervals."""
+    rows = (*ALL[1:], STOPPED)
+    cells = [cell for cell in CELLS if CELLS[cell].rows == ALL and found["runs"].get(cell)]
+    figure = Figure(figsize=(3.4 + 3 * len(cells), 5.2), layout="constrained")
+    axes = figure.subplots(1, max(1, len(cells)), sharey=True, squeeze=False)[0]
+    for axis, cell in zip(axes, cells):
+        for place, row in enumerate(rows):
+            gain = gain_of(found, cell, row)
+            if gain:
+                axis.errorbar(gain[0], place, xerr=gain[1], marker="o", capsize=3,
+                              color=colour_of(row))
+        axis.axvline(0, color="grey", linestyle=":")
+        axis.set(title=cell, xlabel="accuracy minus LoRA's")
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].invert_yaxis()
+    write_figure(figure, path)
+
+def colour_of(row):
+    """One for the paper's methods, one for what explains a gain without a perturbation, and one."""
+    if row in CHEAP:
+        return "C3"
+    return "C0" if ROWS[row].method in ("lora-sam", "bi-lora") else "C7"
+
+def draw_curves(found, path):
+    """Gain over LoRA against n and noise on SST-2, a line a row, with 95 % intervals; nothing where
+    no curve has two cells yet."""
+    if not any(sum(cell in found["runs"] for cell in cells) > 1 for cells in CURVES.values()):
+        return
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, (label, cells) in zip(figure.subplots(1, 2, sharey=True), CURVES.items()):
         key = "limit" if cells[0] == "sst2-250-noise30" else "label_noise"
         for place, row in enumerate(MAIN[1:]):
-            points = []
-            for cell in cells:
-                gain = list(difference(found, cell, row, "lora", "rest").values())
-                if len(gain) > 1:
-                    points.append((CELLS[cell].settings[key], *interval(gain)))
+            gains_of = {cell: gain_of(found, cell, row) for cell in cells}
+            points = [(CELLS[cell].settings[key], *gain) for cell, gain in gains_of.items() if gain]
             if points:
                 x, y, half = zip(*points)
                 axis.errorbar(x, y, half, marker="o", capsize=3, label=row, color=f"C{place}")
@@ -236,6 +267,9 @@ def draw(found, path):
         axis.set(xlabel=label, xscale="log" if key == "limit" else "linear")
     figure.supylabel("accuracy minus LoRA's")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    write_figure(figure, path)
+
+def write_figure(figure, path):
     figure.savefig(path + ".tmp", format="png", dpi=100)
     os.replace(path + ".tmp", path)
 

@@ -377,6 +377,43 @@ def test_a_change_of_gain_is_paired_by_seed():
     assert f"| 2 | {np.mean(changes):+.4f} ±" in line
 
 
+def test_the_figures_show_the_gains(folder, monkeypatch, ticks):
+    """Mean and half of the interval of each row in each cell that was run; curves of two cells."""
+    figures = []
+
+    class Noted(study_tables.Figure):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            figures.append(self)
+
+    monkeypatch.setattr(study_tables, "Figure", Noted)
+    found, scores = {"chosen": {}, "runs": {}}, {"lora": (0.5, 0.6, 0.5),
+                                                 "lora-sam_rho-0.01": (0.6, 0.9, 0.7)}
+    for cell, part in (("demo", "dev"), ("sst2-1000-noise30", "rest")):
+        found["runs"][cell] = {name: {str(i): {"scores": {part: [x], "held": [x]}}
+                                      for i, x in enumerate(values)}
+                               for name, values in scores.items()}
+    study_tables.draw_curves(found, "curves.png")
+    assert not figures and not list(folder.iterdir())
+    study_tables.draw_gains(found, "gains.png")
+    axes = figures[0].axes
+    assert [axis.get_title() for axis in axes] == ["demo", "sst2-1000-noise30"]
+    place = list(ALL).index("lora-sam-paper") - 1
+    half = 4.3027 * np.std([0.1, 0.3, 0.2], ddof=1) / math.sqrt(3)
+    for axis in axes:
+        bar, stopped = axis.containers
+        assert stopped.lines[0].get_xdata() == [0.0]  # LoRA with one epoch, minus itself
+        point, _, (lines,) = bar.lines
+        assert point.get_xydata() == pytest.approx(np.array([[0.2, place]]))
+        assert lines.get_segments()[0][:, 0] == pytest.approx([0.2 - half, 0.2 + half], rel=1e-4)
+    assert axes[0].get_yticklabels()[place].get_text() == "lora-sam-paper"
+    found["runs"]["sst2-1000"] = found["runs"]["sst2-1000-noise30"]
+    study_tables.draw_curves(found, "curves.png")
+    bars = [bar for axis in figures[1].axes for bar in axis.containers]
+    assert [bar.lines[0].get_xdata().tolist() for bar in bars] == [[1000], [0.0, 0.3]]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_record_grows_by_what_another_machine_has_run(folder):
     """Seeds, settings and choices of two folders, one after the other; nothing is lost."""
     def run(out, path, score):
