@@ -508,7 +508,7 @@ def measure_g(run, options):
 
 # --------------------------------------------------------------------------------- f: the ascent
 
-WATCHED = "bi-lora"  # f trains the runs of this method again
+WATCHED = "bi-lora"  # f trains runs of this method again
 
 
 def ascent_rules(lr):
@@ -570,11 +570,14 @@ MEASURES = {"a": measure_a, "contour": measure_contour, "b": measure_b, "c": mea
             "d": measure_d, "e": measure_e, "f": measure_f, "g": measure_g}
 
 
-def wanted(run, part, seeds, options):
-    """Is this part measured in this run?  seeds: those of the task's runs, in order."""
+def wanted(run, part, runs, options):
+    """Is this part measured in this run?  runs: those of its task.  Part f, which has settings of
+    its own, takes one name of its method."""
+    seeds = sorted({other.seed for other in runs})
     if part == "contour":
         return run.seed == seeds[0]
-    return part != "f" or run.method == WATCHED and run.seed in seeds[:options.ascent_seeds]
+    names = [other.name for other in runs if other.method == WATCHED]
+    return part != "f" or run.name in names[:1] and run.seed in seeds[:options.ascent_seeds]
 
 
 def measure(runs, options):
@@ -582,8 +585,8 @@ def measure(runs, options):
     with}})."""
     results, used, todo = {}, {}, []
     for run in runs:
-        seeds = sorted({other.seed for other in runs if other.task == run.task})
-        parts = [part for part in options.parts if wanted(run, part, seeds, options)]
+        own = [other for other in runs if other.task == run.task]
+        parts = [part for part in options.parts if wanted(run, part, own, options)]
         if {"d", "e", "g"} & set(parts) and not options.cached:
             run.snapshots()  # before hours of work, if there are none
         todo.append((run, parts))

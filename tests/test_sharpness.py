@@ -445,6 +445,10 @@ def test_two_settings_of_a_method_need_names(tmp_path, monkeypatch, capsys):
     assert not os.path.exists("f")
     argv = ["lora=out/lora-seed0", "mine=other", "out/lora-sam-seed0", *SMALL, "--parts", "c"]
     report = sharpness.main([*argv, "--out", "f"])["demo"]
+    runs = sharpness.load_runs(sharpness.parse_arguments(
+        ["one=out/bi-lora-seed0", "two=out/bi-lora-seed0", "out/lora-seed0"])[1])
+    options = runs[0].options
+    assert [sharpness.wanted(run, "f", runs, options) for run in runs] == [True, False, False]
     assert [*report["measured"]["c"]] == [*report["tables"]["scores"]["accuracy"]] == [
         "lora", "mine", "lora-sam"]
     rows = report["tables"]["c"]["full space, largest eigenvalue"]

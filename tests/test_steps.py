@@ -712,14 +712,14 @@ def ascents(net):
         "there is none": (sgd(down, lr=0.1), None, "ascent is None; expected the optimizer")}
 
 
-@pytest.mark.parametrize("case", ascents(adapted(aux_rank=2)))
-def test_what_does_not_ascend_is_refused_before_anything_moves(batch, case):
+def test_what_does_not_ascend_is_refused_before_anything_moves(batch):
     net = adapted(aux_rank=2)
-    (descent, ascent, message), before = ascents(net)[case], snapshot(net)
-    with pytest.raises(ValueError, match=message):
-        bilora_step(descent, ascent, closure_of(net, batch), lora_layers(net), 0.1)
-    assert_same_bits(net, before)
-    assert all(p.grad is None for p in net.parameters())  # no pass was made either
+    before = snapshot(net)
+    for descent, ascent, message in ascents(net).values():
+        with pytest.raises(ValueError, match=message):
+            bilora_step(descent, ascent, closure_of(net, batch), lora_layers(net), 0.1)
+        assert_same_bits(net, before)
+        assert all(p.grad is None for p in net.parameters())  # no pass was made either
 
 
 def test_bilora_step_wants_layers_with_auxiliary_pairs(batch):

@@ -1,0 +1,303 @@
+"""A student's copy of the project: some functions are the student's to write, and tests grade them.
+
+    python notes/assignment.py COPY --blank lora_step lora_sam_step
+    python notes/assignment.py COPY --check
+
+The first command writes the folder COPY.  There the body of each chosen function is one line, which
+raises NotImplementedError; signature and docstring stay.  SHEET.md says what to write, with
+equations and hints, and which tests grade it.  The second command runs these tests and says in
+plain words what is done.  --list names all tasks.
+"""
+
+import argparse
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from typing import NamedTuple
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FILES = ("bilora.py", "model.py", "train_glue.py", "train_gsm8k.py", "requirements.txt",
+         "pytest.ini", "notes")
+TESTS = ("conftest.py", "test_steps.py", "test_propositions.py", "test_adapter.py",
+         "test_measures.py", "test_power.py", "golden")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "figures")
+SHEET, BLANKS = "SHEET.md", "blanks.json"
+
+
+class Task(NamedTuple):
+    file: str
+    functions: tuple  # blanked; the last ones are helpers that would give the answer away
+    equation: str
+    text: str         # what to write
+    hints: tuple
+    tests: tuple      # that grade it: file::name
+
+
+TASKS = {
+    "forward": Task(
+        "bilora.py", ("LoRALinear.forward",), "(1), (7)",
+        "The output of an adapted layer, without ever forming the (m, n) matrix B A.",
+        ("x comes as (..., n); `self.frozen` takes rows.",
+         "`self.pairs(self.training)` lists the pairs that take part.",
+         "Count multiplications: (x A^T) B^T is cheap, x (B A)^T is not."),
+        ("test_steps.py::test_scale_and_forward_by_hand",
+         "test_steps.py::test_forward_equals_dense_weight",
+         "test_steps.py::test_gradients_eq_2_and_9",
+         "test_steps.py::test_shapes_of_a_batch_are_those_of_nn_linear")),
+    "add_lora": Task(
+        "bilora.py", ("add_lora",), "(1)",
+        "Freeze the model, put an adapted layer in the place of each chosen linear layer, and "
+        "return the list of them.",
+        ("`_targeted` chooses among names; `model.set_submodule` replaces a layer.",
+         "Check everything before you change anything.",
+         "One linear layer may stand under two names."),
+        ("test_steps.py::test_add_lora_freezes_all_but_adapters_and_skips_heads",
+         "test_steps.py::test_add_lora_targets",
+         "test_steps.py::test_a_failed_add_lora_changes_nothing",
+         "test_steps.py::test_add_lora_adapts_a_linear_under_two_names_once",
+         "test_steps.py::test_add_lora_refuses_a_tied_embedding")),
+    "lora_step": Task(
+        "bilora.py", ("lora_step",), "(2)",
+        "One step of LoRA.  It is the pattern for the next ones.",
+        ("`_one_pass` runs the closure on fresh gradients, and returns the loss.",),
+        ("test_steps.py::test_lora_step_eq_2",)),
+    "lora_sam_step": Task(
+        "bilora.py", ("lora_sam_step", "_perturbed"), "(3), (4)",
+        "Two passes on one batch: up by rho g / F, the gradient there, and back to the weights as "
+        "they were, bit for bit.  Then a step of the optimizer.",
+        ("`_perturbed` is a context manager: w + eps inside, w afterwards, exception or not.",
+         "w + eps - eps is not w in floating point: keep a copy.",
+         "Both passes draw the same dropout masks: fork the random stream around the first one.",
+         "One norm over all parameters; where it is zero nothing moves."),
+        ("test_steps.py::test_plain_sam_eq_a2_a3", "test_steps.py::test_lora_sam_step_eq_4",
+         "test_steps.py::test_lora_sam_perturbs_only_params",
+         "test_steps.py::test_perturbation_does_not_depend_on_the_loss_scale",
+         "test_steps.py::test_weights_come_back_bit_for_bit_in_their_own_storage",
+         "test_steps.py::test_all_zero_gradient_gives_no_perturbation",
+         "test_steps.py::test_both_passes_draw_the_same_dropout_masks")),
+    "perturbation_norm": Task(
+        "bilora.py", ("perturbation_norm",), "(10)",
+        "c, the norm of B2 A2 over all layers, from r2 x r2 matrices alone.",
+        ("||B A||^2 = trace(A^T B^T B A): turn the trace around.",
+         "Without s, as (10) prints it.  In float32 or wider."),
+        ("test_steps.py::test_gram_norm_equals_dense_norm",
+         "test_steps.py::test_gram_norm_forms_no_full_matrix")),
+    "clip_perturbation_": Task(
+        "bilora.py", ("clip_perturbation_",), "(10)",
+        "If c > rho, shrink every B2 and A2 so that c becomes rho.  Return c as it was.",
+        ("c is a product of two factors: which power of rho / c does each one get?",
+         "No Python `if` on a tensor: torch.where chooses without waiting for the device."),
+        ("test_steps.py::test_clip_is_global_acts_only_outside_and_lands_on_the_ball",
+         "test_steps.py::test_clip_needs_no_value_on_the_host")),
+    "bilora_step": Task(
+        "bilora.py", ("bilora_step",), "(8), (9), (10)",
+        "One pass gives both gradients; the primary pair descends, the auxiliary one ascends, and "
+        "the clip follows.",
+        ("`_one_pass` takes further groups of parameters that have to get a gradient.",
+         "`ascent` has maximize=True: its step() already goes uphill.",
+         "All right-hand sides of (9) are those of one step: take no gradient anew."),
+        ("test_steps.py::test_bilora_step_eq_9_10",
+         "test_steps.py::test_another_clip_stands_in_the_place_of_eq_10",
+         "test_steps.py::test_bilora_step_wants_layers_with_auxiliary_pairs",
+         "test_steps.py::test_bilora_step_in_eval_mode_is_refused",
+         "test_propositions.py::test_prop_2_one_ascent_step_gains_to_first_order")),
+    "merge_lora_": Task(
+        "bilora.py", ("merge_lora_", "_merged"), "(1)",
+        "Put plain linear layers back, with W = W0 + s B1 A1; the auxiliary pair is dropped.",
+        ("Add in float32 or wider, and round once.",
+         "Another module may share W0: do not write into it."),
+        ("test_adapter.py::test_merge_in_float64", "test_adapter.py::test_merge_rounds_once",
+         "test_adapter.py::test_merge_leaves_a_shared_base_weight_alone")),
+    "power_rule": Task(
+        "notes/methods.py", ("turn_perturbation_", "bilora_power_step"), "(A18)",
+        "Block power iteration in the place of the paper's ascent and clip (note 5).",
+        ("With orthonormal rows of A2, s G A2^T is the best B2 for them.",
+         "s B2^T G turns the rows; a QR decomposition makes them orthonormal.",
+         "Carry B2 over into the new rows before you scale."),
+        ("test_power.py::test_at_a_fixed_gradient_it_reaches_the_optimum_of_prop_3",
+         "test_power.py::test_every_step_keeps_the_rows_orthonormal_and_the_radius",
+         "test_power.py::test_one_step_written_out")),
+    "filter_normalised": Task(
+        "notes/measures.py", ("filter_normalised",), "Fig. 4",
+        "A random direction whose rows are as long as the weight's rows.",
+        ("A row is a slice along the first dimension.", "The generator makes it repeatable."),
+        ("test_measures.py::test_filter_normalised_directions",)),
+    "worst_case": Task(
+        "notes/measures.py", ("worst_case",), "(A1)",
+        "Several steps of normalised ascent within a ball; the largest increase that they met.",
+        ("One step is SAM's eps.", "Project back onto the ball after each step.",
+         "Restore the weights."),
+        ("test_measures.py::test_worst_case_of_a_linear_loss_is_its_slope",
+         "test_measures.py::test_worst_case_is_the_best_that_was_met",
+         "test_measures.py::test_worst_case_of_a_quadratic")),
+    "hessian_vector": Task(
+        "notes/measures.py", ("hessian_vector",), "-",
+        "H v without H: the gradient of the inner product of gradient and v.",
+        ("torch.autograd.grad(..., create_graph=True).", "The losses come in shares: add up."),
+        ("test_measures.py::test_hessian_against_the_dense_one",))}
+
+HOOK = '''
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A blank that a test meets on its way, without grading it, skips the test."""
+    report = (yield).get_result()
+    text = str(call.excinfo.value) if call.excinfo else ""
+    if report.failed and text.endswith(": yours to write"):
+        with open(item.config.rootpath / "blanks.json") as file:
+            graders = json.load(file)[text.split(":")[0]]
+        name = item.nodeid.split("[")[0].removeprefix("tests/")
+        if name not in graders:
+            report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"needs {text}")
+'''
+
+
+# ------------------------------------------------------------------------------------- the copy
+
+def blanked(source, task, functions):
+    """The source with the bodies of these functions, "name" or "Class.name", replaced."""
+    lines, wanted = source.splitlines(keepends=True), dict.fromkeys(functions)
+    for node, name in definitions(ast.parse(source)):
+        if name in wanted:
+            wanted[name] = node
+    for node in sorted(wanted.values(), key=lambda node: -node.lineno):
+        first = node.body[0]
+        has_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+        start = first.end_lineno if has_text else first.lineno - 1
+        indent = " " * first.col_offset
+        lines[start:node.end_lineno] = [
+            f'{indent}raise NotImplementedError("{task}: yours to write")\n']
+    return "".join(lines)
+
+def definitions(tree, prefix=""):
+    """(node, qualified name) of all functions at the top and in classes."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from definitions(node, node.name + ".")
+        elif isinstance(node, ast.FunctionDef):
+            yield node, prefix + node.name
+
+def sheet(names):
+    """What to write, Markdown."""
+    text = ("# What to write\n\nEach function below raises NotImplementedError.  Its docstring "
+            "says what it takes and returns.  `python notes/assignment.py . --check` says what is "
+            "done.\n")
+    for name in names:
+        task = TASKS[name]
+        functions = ", ".join(f"`{function}`" for function in task.functions)
+        text += (f"\n## {name}\n\nIn `{task.file}`: {functions}.  Equations: {task.equation}.\n\n"
+                 f"{task.text}\n\n")
+        text += "".join(f"- {hint}\n" for hint in task.hints)
+        tests = " \\\n        ".join(f"tests/{test}" for test in task.tests)
+        text += f"\nGraded by:\n\n    pytest {tests}\n"
+    return text
+
+def make_copy(folder, names):
+    """Write the folder, complete or not at all."""
+    if os.path.lexists(folder):
+        raise ValueError(f"{folder}: exists; expected the name of a new folder")
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as place:
+        copy = os.path.join(place, "copy")
+        os.makedirs(os.path.join(copy, "tests"))
+        for name in (*FILES, *(os.path.join("tests", name) for name in TESTS)):
+            source, target = os.path.join(PROJECT, name), os.path.join(copy, name)
+            if os.path.isdir(source):
+                shutil.copytree(source, target, ignore=LEFT_OUT)
+            else:
+                shutil.copy(source, target)
+        for name in names:
+            edit(os.path.join(copy, TASKS[name].file),
+                 lambda source: blanked(source, name, TASKS[name].functions))
+        edit(os.path.join(copy, "tests", "conftest.py"), lambda source: source + HOOK)
+        write(os.path.join(copy, SHEET), sheet(names))
+        write(os.path.join(copy, BLANKS), json.dumps({name: TASKS[name].tests for name in names}))
+        os.rename(copy, folder)
+
+def edit(path, change):
+    with open(path, encoding="utf-8") as file:
+        source = file.read()
+    write(path, change(source))
+
+def write(path, text):
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+# ------------------------------------------------------------------------------------ the check
+
+def check(folder, names=None):
+    """Run the tests that grade these tasks, by default those that a copy has blanked; {task: (how
+    many pass, of how many, what the first other one says)}."""
+    path = os.path.join(folder, BLANKS)
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: not there; expected a folder that --blank has written")
+    with open(path, encoding="utf-8") as file:
+        graders = json.load(file)
+    if names:
+        graders = {name: TASKS[name].tests for name in names}
+    with tempfile.TemporaryDirectory() as place:
+        report = os.path.join(place, "report.xml")
+        tests = [f"tests/{test}" for tests in graders.values() for test in tests]
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                        f"--junitxml={report}", *dict.fromkeys(tests)],
+                       cwd=folder, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        cases = list(ET.parse(report).iter("testcase"))
+    return {name: grade(cases, tests) for name, tests in graders.items()}
+
+def grade(cases, tests):
+    own = [case for case in cases if name_of(case) in tests]
+    bad = [case for case in own if len(case)]
+    return len(own) - len(bad), len(own), message_of(bad[0]) if bad else ""
+
+def name_of(case):
+    """file::name of a test, without its parameters."""
+    return f"{case.get('classname').split('.')[-1]}.py::{case.get('name').split('[')[0]}"
+
+def message_of(case):
+    """Its name, and the first line of what it says."""
+    lines = (case[0].get("message") or "").strip().splitlines()
+    return f"{name_of(case)}: {lines[0] if lines else case[0].tag}"
+
+def report_of(found):
+    for name, (passed, count, message) in found.items():
+        if passed == count > 0:
+            print(f"{name}: done; all {count} tests pass")
+        elif "yours to write" in message:
+            print(f"{name}: not begun, or it needs one that is not; {passed} of {count} tests pass")
+        else:
+            print(f"{name}: not yet; {passed} of {count} tests pass\n    {message}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="of the copy")
+    parser.add_argument("--blank", nargs="+", choices=TASKS, metavar="TASK", default=list(TASKS),
+                        help="tasks (default: all)")
+    parser.add_argument("--check", action="store_true", help="run the tests that grade a copy")
+    parser.add_argument("--list", action="store_true", help="print the tasks")
+    options = parser.parse_args(argv)
+    try:
+        if options.list:
+            print("\n".join(f"{name}: {task.text}" for name, task in TASKS.items()))
+        elif not options.folder:
+            parser.error("expected the folder of the copy")
+        elif options.check:
+            found = check(options.folder)
+            report_of(found)
+            return found
+        else:
+            make_copy(options.folder, options.blank)
+            print(f"{options.folder}: {', '.join(options.blank)} to write; begin with {SHEET}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+if __name__ == "__main__":
+    main()
