@@ -25,7 +25,7 @@ FILES = ("bilora.py", "model.py", "train_glue.py", "train_gsm8k.py", "requiremen
          "pytest.ini", "notes")
 TESTS = ("conftest.py", "test_steps.py", "test_propositions.py", "test_adapter.py",
          "test_measures.py", "test_power.py", "golden")
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "figures")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "figures", "solutions.md", "mistakes.py")
 SHEET, BLANKS = "SHEET.md", "blanks.json"
 
 
@@ -242,42 +242,61 @@ def check(folder, names=None):
         graders = json.load(file)
     if names:
         graders = {name: TASKS[name].tests for name in names}
+    cases = run_tests(folder, [test for tests in graders.values() for test in tests])
+    return {name: grade(cases, tests) for name, tests in graders.items()}
+
+def run_tests(folder, tests):
+    """The cases of pytest's report on these tests of a copy."""
     with tempfile.TemporaryDirectory() as place:
         report = os.path.join(place, "report.xml")
-        tests = [f"tests/{test}" for tests in graders.values() for test in tests]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                        f"--junitxml={report}", *dict.fromkeys(tests)],
-                       cwd=folder, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        cases = list(ET.parse(report).iter("testcase"))
-    return {name: grade(cases, tests) for name, tests in graders.items()}
+        names = dict.fromkeys(f"tests/{test}" for test in tests)
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                               f"--junitxml={report}", *names], cwd=folder, capture_output=True,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if not os.path.exists(report):
+            raise ValueError(f"{folder}: the tests could not start: {last_error(done.stderr)}")
+        return list(ET.parse(report).iter("testcase"))
+
+def last_error(text):
+    """The place and the error at the end of what pytest or Python printed."""
+    lines = [line.removeprefix("E").strip() for line in text.splitlines() if line.strip()]
+    return " ".join([*[line for line in lines if line.startswith("File ")][-1:], *lines[-1:]])
 
 def grade(cases, tests):
     own = [case for case in cases if name_of(case) in tests]
-    bad = [case for case in own if len(case)]
-    return len(own) - len(bad), len(own), message_of(bad[0]) if bad else ""
+    bad = [case for case in own or cases if len(case)]  # own is empty where a file has an error
+    return len(own or bad) - len(bad), len(own), message_of(bad[0]) if bad else ""
 
 def name_of(case):
     """file::name of a test, without its parameters."""
     return f"{case.get('classname').split('.')[-1]}.py::{case.get('name').split('[')[0]}"
 
 def message_of(case):
-    """Its name, and the first line of what it says."""
+    """Its name, and the first line of what it says; of a file with an error the error."""
     lines = (case[0].get("message") or "").strip().splitlines()
+    if lines[:1] == ["collection failure"]:
+        return last_error(case[0].text)
     return f"{name_of(case)}: {lines[0] if lines else case[0].tag}"
 
 def report_of(found):
     for name, (passed, count, message) in found.items():
         if passed == count > 0:
             print(f"{name}: done; all {count} tests pass")
+        elif not count:
+            print(f"{name}: its tests could not start\n    {message}")
         elif "yours to write" in message:
             print(f"{name}: not begun, or it needs one that is not; {passed} of {count} tests pass")
         else:
             print(f"{name}: not yet; {passed} of {count} tests pass\n    {message}")
 
 
+class Parser(argparse.ArgumentParser):
+    """That of the scripts, which cannot be imported where a student's file has an error."""
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="of the copy")
     parser.add_argument("--blank", nargs="+", choices=TASKS, metavar="TASK", default=list(TASKS),
                         help="tasks (default: all)")

@@ -13,7 +13,7 @@ import re
 import tempfile
 from typing import NamedTuple
 
-from assignment import TASKS, check, edit, make_copy
+from assignment import TASKS, Parser, check, edit, make_copy
 
 
 class Mistake(NamedTuple):
@@ -41,8 +41,9 @@ MISTAKES = {
                                        "out", ""),
     "the base is trained": Mistake("add_lora", "model.requires_grad_(False)", "pass", ""),
     "some layers before a check": Mistake(
-        "add_lora", "    adapted = {linear", "    model.requires_grad_(False)\n    adapted = {linear",
-        ""),
+        "add_lora", "    for name, linear in chosen.items():\n        _require_plain",
+        "    model.requires_grad_(False)\n    for name, linear in chosen.items():\n"
+        "        _require_plain", ""),
     # the steps
     "the optimizer does not step": Mistake(
         "lora_step", "# g = dL/dw at w, (2)\n    optimizer.step()", "", ""),
@@ -67,8 +68,8 @@ MISTAKES = {
     "restored by subtraction": Mistake("lora_sam_step", "                p.copy_(w)\n",
                                        "                p.sub_(p - w)\n", ""),
     "no restore after an exception": Mistake(
-        "lora_sam_step", "    finally:\n", "    except ZeroDivisionError:\n        pass\n    else:\n",
-        ""),
+        "lora_sam_step", "    finally:\n",
+        "    except ZeroDivisionError:\n        pass\n    else:\n", ""),
     "new dropout masks": Mistake(
         "lora_sam_step", "with torch.random.fork_rng({p.device for p in params if p.is_cuda}):",
         "with contextlib.nullcontext():", ""),
@@ -102,8 +103,9 @@ MISTAKES = {
                                      "rho / c, 1.0", ""),
     "clip inside the ball": Mistake("clip_perturbation_", "(c > rho) & c.isfinite()",
                                     "c.isfinite()", ""),
-    "one factor alone": Mistake("clip_perturbation_", "    pairs = _auxiliary(layers)\n    for device",
-                                "    pairs = _auxiliary(layers)[::2]\n    for device", ""),
+    "one factor alone": Mistake(
+        "clip_perturbation_", "    pairs = _auxiliary(layers)\n    for device",
+        "    pairs = _auxiliary(layers)[::2]\n    for device", ""),
     "the primary pair is clipped": Mistake(
         "clip_perturbation_", "    pairs = _auxiliary(layers)\n    for device",
         "    pairs = _primary(layers)\n    for device", ""),
@@ -128,7 +130,7 @@ MISTAKES = {
         "bilora_step", "    ascent.step() ",
         '    _one_pass("Bi-LoRA", closure, descent, *pairs); ascent.step() ', ""),
     "eval mode goes unnoticed": Mistake(
-        "bilora_step", "    _require(all(x.training for x in layers)", "    _require(all([True])", ""),
+        "bilora_step", "_require(all(x.training for x in layers)", "_require(all([True])", ""),
     # after training
     "merge of the auxiliary pair": Mistake("merge_lora_", "layer.merged_weight().to",
                                            "layer.merged_weight(True).to", ""),
@@ -148,7 +150,7 @@ MISTAKES = {
     "a length for the whole tensor": Mistake(
         "filter_normalised", "w.norm(dim=-1, keepdim=True) / d.norm(dim=-1, keepdim=True)",
         "w.norm() / d.norm()", ""),
-    "out of the ball": Mistake("worst_case", "        if norm(eps) > rho:", "        if False:", ""),
+    "out of the ball": Mistake("worst_case", "if norm(eps) > rho:", "if False:", ""),
     "ascent downhill": Mistake("worst_case", "[e + d for e, d in zip(eps, scaled",
                                "[e - d for e, d in zip(eps, scaled", ""),
     "the last increase, not the largest": Mistake(
@@ -165,7 +167,8 @@ def found_out(name):
     with tempfile.TemporaryDirectory() as place:
         folder = os.path.join(place, "copy")
         make_copy(folder, [])
-        edit(os.path.join(folder, TASKS[mistake.task].file), lambda source: patched(source, mistake))
+        path = os.path.join(folder, TASKS[mistake.task].file)
+        edit(path, lambda source: patched(source, mistake))
         passed, count, message = check(folder, [mistake.task])[mistake.task]
     return passed < count and re.search(mistake.place, message) is not None, message
 
@@ -177,8 +180,7 @@ def patched(source, mistake):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", help="of a mistake (default: all)")
     names, missed = parser.parse_args(argv).name or list(MISTAKES), []
     for name in names:

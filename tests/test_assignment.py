@@ -1,0 +1,209 @@
+"""The course: notes/assignment.py, mistakes.py, solutions.md, toy.py.  What a copy keeps and lacks,
+what the check says, that mistakes are found out, that the solutions' numbers are right.
+
+Oracles: the project's own sources, compared as syntax trees; pytest in a copy; steps written out.
+"""
+
+import ast
+import math
+import os
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from test_train_glue import error_of
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
+import assignment  # noqa: E402
+import mistakes  # noqa: E402
+import toy  # noqa: E402
+from assignment import PROJECT, TASKS  # noqa: E402
+from mistakes import MISTAKES  # noqa: E402
+
+
+def read(*path):
+    with open(os.path.join(*path), encoding="utf-8") as file:
+        return file.read()
+
+
+def bodies(source):
+    """{qualified name: (signature, docstring, the body after it)}."""
+    found = {}
+    for node, name in assignment.definitions(ast.parse(source)):
+        text = ast.get_docstring(node)
+        body = node.body[1 if text else 0:]
+        found[name] = ast.dump(node.args), text, [ast.dump(line) for line in body]
+    return found
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_blank_keeps_signature_and_docstring_and_all_else(name):
+    task = TASKS[name]
+    source = read(PROJECT, task.file)
+    blank = assignment.blanked(source, name, task.functions)
+    before, after = bodies(source), bodies(blank)
+    assert before.keys() == after.keys()
+    for function in before:
+        if function in task.functions:
+            assert before[function][:2] == after[function][:2]
+            (line,) = after[function][2]
+            assert "NotImplementedError" in line and f"{name}: yours to write" in line
+        else:
+            assert before[function] == after[function]
+    outside = [line for line in source.splitlines() if line.startswith("@")]
+    assert [line for line in blank.splitlines() if line.startswith("@")] == outside
+
+
+def test_every_grading_test_exists_and_names_a_task_once():
+    for task in TASKS.values():
+        assert len(set(task.tests)) == len(task.tests)
+        for test in task.tests:
+            file, name = test.split("::")
+            assert f"\ndef {name}(" in read(PROJECT, "tests", file), test
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy with three blanks; the first is written again, the second wrongly."""
+    folder = tmp_path_factory.mktemp("student") / "copy"
+    assignment.main([str(folder), "--blank", "lora_step", "clip_perturbation_", "merge_lora_"])
+    return folder
+
+
+def test_the_check_says_what_is_done_wrong_and_not_begun(copy, capsys):
+    assert not {"solutions.md", "mistakes.py"} & set(os.listdir(copy / "notes"))
+    sheet = read(copy, "SHEET.md")
+    assert [line for line in sheet.splitlines() if line.startswith("## ")] == [
+        "## lora_step", "## clip_perturbation_", "## merge_lora_"]
+    source, path = read(PROJECT, "bilora.py"), copy / "bilora.py"
+    wrong = source.replace("torch.sqrt(rho / c), 1.0", "rho / c, 1.0")
+    path.write_text(assignment.blanked(wrong, "merge_lora_", TASKS["merge_lora_"].functions))
+    found = assignment.main([str(copy), "--check"])
+    assert found["lora_step"][:2] == (1, 1) and found["merge_lora_"][0] == 0
+    passed, count, message = found["clip_perturbation_"]
+    assert passed < count and message.startswith("test_steps.py::test_clip_is_global")
+    printed = capsys.readouterr().out
+    assert "lora_step: done; all 1 tests pass" in printed
+    assert "merge_lora_: not begun" in printed and "clip_perturbation_: not yet; " in printed
+    path.write_text("def (:\n")
+    assert 'bilora.py", line 1 SyntaxError: ' in error_of(
+        capsys, [str(copy), "--check"], assignment.main)
+    path.write_text(source)
+    (copy / "notes/methods.py").write_text("import nothing\n")
+    assignment.main([str(copy), "--check"])
+    printed = capsys.readouterr().out
+    assert "lora_step: its tests could not start\n    " in printed and "'nothing'" in printed
+    shutil.copy(os.path.join(PROJECT, "notes", "methods.py"), copy / "notes")
+
+
+def test_other_tests_of_a_copy_pass_or_are_skipped(copy):
+    """What meets a blank on its way is skipped; nothing fails but what grades it."""
+    path, before = copy / "bilora.py", read(copy, "bilora.py")
+    path.write_text(assignment.blanked(read(PROJECT, "bilora.py"), "clip_perturbation_",
+                                       TASKS["clip_perturbation_"].functions))
+    graders = TASKS["clip_perturbation_"].tests
+    others = ["test_steps.py::test_bilora_step_eq_9_10", "test_steps.py::test_lora_step_eq_2",
+              "test_steps.py::test_negative_radius"]
+    cases = assignment.run_tests(copy, [*graders, *others])
+    outcome = {}
+    for case in cases:
+        tag = case[0].tag if len(case) else "passed"
+        outcome.setdefault(assignment.name_of(case), set()).add(tag)
+    path.write_text(before)
+    assert all("failure" in outcome[test] for test in graders)
+    assert outcome[others[0]] == {"skipped"} and outcome[others[1]] == {"passed"}
+    assert not {"failure", "error"} & set().union(*(outcome[test] for test in others))
+
+
+def test_every_mistake_is_a_patch_that_compiles():
+    assert len(MISTAKES) >= 40 and {mistake.task for mistake in MISTAKES.values()} == {*TASKS}
+    for name, mistake in MISTAKES.items():
+        source = read(PROJECT, TASKS[mistake.task].file)
+        patched = mistakes.patched(source, mistake)
+        assert patched != source
+        compile(patched, name, "exec")
+
+
+@pytest.mark.parametrize("name", ["one factor alone"])
+def test_mistakes_are_found_out(name):
+    """A sample; `python notes/mistakes.py` takes all."""
+    found, message = mistakes.found_out(name)
+    assert found, message
+
+
+def test_a_right_answer_is_no_mistake(monkeypatch):
+    same = mistakes.Mistake("lora_step", "g = dL/dw at w, (2)", "g = dL/dw at w,  (2)", "")
+    monkeypatch.setitem(MISTAKES, "same", same)
+    assert mistakes.found_out("same") == (False, "")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["here"], "exists; expected the name of a new folder"), ([], "expected the folder"),
+    (["here", "--check"], "expected a folder that --blank has written"),
+    (["new", "--blank", "all"], "invalid choice")])
+def test_wrong_input(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("here")
+    assert message in error_of(capsys, argv, assignment.main)
+    assert os.listdir() == ["here"]
+
+
+SOLUTIONS = read(PROJECT, "notes", "solutions.md")
+SECTIONS = {part.splitlines()[0]: part for part in SOLUTIONS.split("\n## ")[1:]}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_solutions_numbers(section):
+    names = {}
+    for block in re.findall(r"^    (import .*\n(?:    .*\n)*)", SOLUTIONS, re.MULTILINE)[:1]:
+        exec(block.replace("\n    ", "\n"), names)
+    for block in re.findall(r"```python\n(.*?)```", SECTIONS[section], re.DOTALL):
+        exec(block, names)
+
+
+def test_every_exercise_has_a_solution():
+    for name in sorted(os.listdir(os.path.join(PROJECT, "notes"))):
+        if re.match(r"[1-6]_.*\.md", name):
+            text = read(PROJECT, "notes", name).split("## Exercises")[1]
+            exercises = re.findall(r"^(\d)\. ", text, re.MULTILINE)
+            section = next(text for title, text in SECTIONS.items()
+                           if title.startswith(f"Note {name[0]},"))
+            assert re.findall(r"^\*\*(\d)\.\*\*", section, re.MULTILINE) == exercises, name
+    sheets = re.findall(r"^## (\d)\. ", read(PROJECT, "notes", "assignments.md"), re.MULTILINE)
+    assert sheets == [*"12345678"]
+
+
+def test_points_add_up():
+    text = read(PROJECT, "notes", "assignments.md")
+    total = 0
+    for sheet in text.split("\n## ")[1:]:
+        points = int(re.search(r"(\d+) points", sheet)[1])
+        parts = [int(n) for n in re.findall(r"^\* [a-d] \((\d+)", sheet, re.MULTILINE)]
+        assert sum(parts) == points, sheet[:20]
+        total += points
+        for task in re.findall(r"Tasks? (.*?)\. Hand", sheet):
+            assert set(re.findall(r"`(\w+)`", task)) <= set(TASKS)
+    assert total == 100
+
+
+def test_the_toy_takes_the_steps_and_ends_where_note_5_says(tmp_path, monkeypatch):
+    """Oracle: the steps written out on 2 x 2 matrices, and 4 and 5 of the worked example."""
+    assert len(read(PROJECT, "notes", "toy.py").splitlines()) <= 80
+    W0, H = torch.tensor([[-1.0, 0.0], [0.0, -2.0]]), toy.CURVATURE
+    B, A = torch.tensor([[0.3], [0.9]]), torch.tensor([[0.5, 0.4]])
+    G = H * (W0 + B @ A)
+    after = W0 + (B - 0.15 * G @ A.T) @ (A - 0.15 * B.T @ G)
+    before, seen, found = toy.walk("LoRA")[0]
+    assert torch.equal(seen, before) and torch.allclose(found, after, atol=1e-6)
+    size = math.hypot((G @ A.T).norm(), (B.T @ G).norm())
+    at = W0 + (B + 0.3 / size * G @ A.T) @ (A + 0.3 / size * B.T @ G)
+    assert torch.allclose(toy.walk("LoRA-SAM")[0][1], at, atol=1e-6)
+    assert torch.equal(toy.walk("Bi-LoRA")[0][1], before)  # B2 = 0: nothing is perturbed yet
+    assert not torch.allclose(toy.walk("Bi-LoRA")[1][1], toy.walk("Bi-LoRA")[1][0], atol=0.1)
+    plain, power = toy.gains(torch.optim.SGD), toy.gains(None, 30)
+    assert plain[-1] == pytest.approx(4, abs=1e-2) and max(plain) > 4.4
+    assert power[-1] == pytest.approx(5, abs=1e-4)
+    toy.draw(str(tmp_path / "toy.png"))
+    assert os.path.getsize(tmp_path / "toy.png") > 5000
