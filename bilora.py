@@ -32,6 +32,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+__all__ = ["LoRALinear", "add_lora", "lora_layers", "primary_parameters", "auxiliary_parameters",
+           "perturbation_norm", "clip_perturbation_", "lora_step", "lora_sam_step", "bilora_step",
+           "bilora_optimizers", "merge_lora_", "save_adapter", "load_adapter"]
+
 
 def _require(condition, message):
     if not condition:

@@ -1066,6 +1066,15 @@ def test_micro_batches_equal_one_batch(batch, method):
         assert_close(p, q, name, rtol=1e-6, atol=1e-12)
 
 
+def test_a_star_brings_the_public_functions_alone():
+    """Every function and class of the module without an underscore, and nothing else."""
+    found = {}
+    exec("from bilora import *", found)
+    public = {name for name, value in vars(bilora).items()
+              if getattr(value, "__module__", None) == "bilora" and not name.startswith("_")}
+    assert found.keys() - {"__builtins__"} == public and len(public) == 14
+
+
 def test_the_module_prints_nothing_and_imports_only_torch():
     source = open(bilora.__file__).read()
     imports = {line.split()[1].split(".")[0]
