@@ -512,14 +512,13 @@ WATCHED = "bi-lora"  # f trains runs of this method again
 
 
 def ascent_rules(lr):
-    """{name: (method, ascent, eta2, does eta2 follow the cosine)}."""
-    return {"plain, eta2 = eta1": ("bi-lora", "sgd", lr, True),
-            "plain, eta2 = 100 eta1": ("bi-lora", "sgd", 100 * lr, True),
-            "plain, eta2 = 1000 eta1": ("bi-lora", "sgd", 1000 * lr, True),
-            "Adam, eta2 = eta1": ("bi-lora", "adamw", lr, True),
-            "Adam, eta2 = eta1 / 10": ("bi-lora", "adamw", lr / 10, True),
-            "Adam, eta2 = eta1, constant": ("bi-lora", "adamw", lr, False),
-            "power rule": ("bi-lora-power", "sgd", lr, True)}
+    """{name: (method, ascent, eta2)}."""
+    return {"plain, eta2 = eta1": ("bi-lora", "sgd", lr),
+            "plain, eta2 = 100 eta1": ("bi-lora", "sgd", 100 * lr),
+            "plain, eta2 = 1000 eta1": ("bi-lora", "sgd", 1000 * lr),
+            "Adam, eta2 = eta1": ("bi-lora", "adamw", lr),
+            "Adam, eta2 = eta1 / 10": ("bi-lora", "adamw", lr / 10),
+            "power rule": ("bi-lora-power", "sgd", lr)}
 
 
 def measure_f(run, options):
@@ -531,12 +530,11 @@ def measure_f(run, options):
             for name, rule in ascent_rules(run.args.lr).items()}
 
 
-def watch_ascent(run, name, epochs, method, ascent, eta2, falls):
+def watch_ascent(run, name, epochs, method, ascent, eta2):
     changed = {"epochs": epochs, "aux_lr": eta2, "ascent": ascent}
     args, rows, history = argparse.Namespace(**{**vars(run.args), **changed}), [], []
     plan = plan_batches(args, run.seed, [len(row[0]) for row in run.rows])
     training = run.training = run.prepared(method, args, len(plan))
-    schedules = training.schedules if falls else training.schedules[:1]
     weights = [layer.weight for layer in run.layers]
     for _, indices in tqdm(plan, desc=f"f, {name}", leave=False, disable=None):
         batch = [run.rows[i] for i in indices]
@@ -553,7 +551,7 @@ def watch_ascent(run, name, epochs, method, ascent, eta2, falls):
             row["cosine_batch"] = cosine(eps, gradient(run.losses(batch), weights)[1])
         closure = partial(run.script.forward_backward, args, run.model.train(), run.data, batch)
         METHODS[method].step(training, closure)
-        for schedule in schedules:
+        for schedule in training.schedules:
             schedule.step()
         rows.append(row)
     for row, pairs in zip(rows, history):
