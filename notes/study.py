@@ -44,10 +44,12 @@ from bilora import add_lora, load_adapter
 from model import read_json, read_safetensors, require, write_text
 from study_plan import (CELLS, FLAT, FLAT_SEEDS, LAB, ROWS, TUNING_SEEDS, combinations,
                         folder_name, install, script_of, setting_in)
-from study_tables import all_tables, counting_set, draw_curves, draw_gains
+from study_tables import all_tables, counting_set, draw_curves, draw_gains, filled
 from train_glue import SETTINGS, TASKS, Parser, begin, evaluate, read_tsv, run_all
 
-FIGURES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "figures")
+NOTES = os.path.dirname(os.path.abspath(__file__))
+FIGURES = os.path.join(NOTES, "figures")
+PAGES = (os.path.join(NOTES, "9_study.md"), os.path.join(NOTES, "..", "README.md"))
 GENERATED = 300  # test problems of GSM8K that are answered; the loss of gold answers is on all
 PROBE = 100  # rows that stand in for the evaluation sets in every epoch, where these are large
 
@@ -383,7 +385,7 @@ def record(options):
     return found
 
 def report(options):
-    """Merge OUT into the record, and write its tables and its figure."""
+    """Merge OUT into the record, and write its tables and figures, those of the notes too."""
     found = record(options)
     os.makedirs(options.figures, exist_ok=True)
     write_text(os.path.join(options.figures, "study.json"), json.dumps(found) + "\n")
@@ -391,6 +393,10 @@ def report(options):
     write_text(os.path.join(options.figures, "study.md"), text)
     draw_gains(found, os.path.join(options.figures, "study.png"))
     draw_curves(found, os.path.join(options.figures, "study-curves.png"))
+    for path in (PAGES if options.figures == FIGURES else ()):
+        with open(path, encoding="utf-8") as file:
+            page = file.read()
+        write_text(path, filled(page, found))
     print(text)
 
 

@@ -7,6 +7,7 @@ The record is {"chosen": {cell: {row: choice}}, "runs": {cell: {setting: {seed: 
 import functools
 import math
 import os
+import re
 import statistics
 
 import numpy as np
@@ -272,6 +273,56 @@ def draw_curves(found, path):
 def write_figure(figure, path):
     figure.savefig(path + ".tmp", format="png", dpi=100)
     os.replace(path + ".tmp", path)
+
+MARK = re.compile(r"^<!-- study: (\S+) (.*?) -->\n.*?^<!-- end -->\n", re.DOTALL | re.MULTILINE)
+
+def filled(text, found):
+    """The text with its tables made anew: between `<!-- study: CELLS ROWS -->` and `<!-- end -->`;
+    CELLS and ROWS have commas between them, ROWS may be *.  One cell: setting, score, difference to
+    LoRA, sign test and rise; several: the differences."""
+    def new(match):
+        cells, rows = match[1].split(","), match[2].split(",")
+        if rows == ["*"]:
+            rows = [*CELLS[cells[0]].rows, *DERIVED]
+        if len(cells) == 1:
+            lines = brief(found, cells[0], rows)
+        else:
+            lines = side_by_side(found, cells, rows)
+        body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return f"<!-- study: {match[1]} {match[2]} -->\n{body}<!-- end -->\n"
+    return MARK.sub(new, text)
+
+def brief(found, cell, rows):
+    """Lines of a table of one cell, on the set that counts."""
+    lines = [["row", "setting", "score", "minus LoRA's", "higher", "rise"], ["---"] * 6]
+    part = counting_set(cell)
+    for row in rows:
+        setting, runs = ({}, {}) if row in DERIVED else runs_of(found, cell, row)
+        score = statistics.fmean(scores_of(found, cell, row, part).values())
+        gain = higher = ""
+        if row != "lora":
+            gain = short(*gain_of(found, cell, row))
+            wins, n, _ = sign_test(list(difference(found, cell, row, "lora", part).values()))
+            higher = f"{wins} of {n}"
+        rise = f"{statistics.fmean(kept['rise'] for kept in runs.values()):.3f}" if runs else ""
+        text = ", ".join(f"{key} {value}" for key, value in setting.items())
+        lines.append([f"`{row}`", text, f"{score:.3f}", gain, higher, rise])
+    return lines
+
+def short(mean, half):
+    return f"{mean:+.3f} ± {half:.3f}"
+
+def side_by_side(found, cells, rows):
+    """Lines of a table of several cells: LoRA's score, and the differences to it."""
+    lines = [["", *(f"{cell}, {CELLS[cell].seeds} seeds" for cell in cells)],
+             ["---"] * (len(cells) + 1)]
+    for row in rows:
+        own = [short(*gain_of(found, cell, row)) for cell in cells if row != "lora"]
+        if row == "lora":
+            scores = [scores_of(found, cell, row, counting_set(cell)).values() for cell in cells]
+            own = [f"{statistics.fmean(values):.3f}" for values in scores]
+        lines.append([f"`{row}`", *own])
+    return lines
 
 def all_tables(found):
     """The whole report, Markdown."""

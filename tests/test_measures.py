@@ -89,7 +89,7 @@ def test_filter_normalised_directions():
     one, two = (measures.filter_normalised(weights, torch.Generator().manual_seed(seed))
                 for seed in (1, 1))
     for d, e, w in zip(one, two, weights):
-        torch.testing.assert_close(d.norm(dim=-1), w.norm(dim=-1), **close)
+        assert_close(d.norm(dim=-1), w.norm(dim=-1), "norms of the rows of a direction")
         assert torch.equal(d, e) and not torch.allclose(d, w)
     other = measures.filter_normalised(weights, torch.Generator().manual_seed(2))
     assert not torch.allclose(other[0], one[0])

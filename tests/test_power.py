@@ -59,7 +59,8 @@ def test_at_a_fixed_gradient_it_reaches_the_optimum_of_prop_3(aux_rank, momentum
     best = [layer.alpha * right for layer, right in zip(layers, best)]  # rank is 1: s is alpha
     for i, (layer, right) in enumerate(zip(layers, best)):
         expected = RHO * right / global_norm(best)
-        assert_close(product(layer), expected, f"layer {i}", rtol=0, atol=1e-6 * RHO)
+        assert_close(product(layer), expected, f"Eq. (A18), s B2 A2 of layer {i}", rtol=0,
+                     atol=1e-6 * RHO)
     gain = sum((G * layer.aux_delta()).sum() for G, layer in zip(Gs, layers)).item()
     assert gain == pytest.approx(RHO * global_norm(best), rel=1e-6)
 
@@ -73,7 +74,8 @@ def test_every_step_keeps_the_rows_orthonormal_and_the_radius(batch, momentum):
         bilora_power_step(optimizer, closure_of(net, batch), lora_layers(net), RHO, momentum)
         for n in LAYERS:
             A = getattr(net, n).aux_A.detach()
-            assert_close(A @ A.T, torch.eye(3, dtype=torch.float64), n, rtol=0, atol=1e-12)
+            assert_close(A @ A.T, torch.eye(3, dtype=torch.float64), f"rows of {n}.aux_A", rtol=0,
+                         atol=1e-12)
             assert not torch.allclose(product(getattr(net, n)), before[n])
         assert global_norm([product(getattr(net, n)) for n in LAYERS]) == pytest.approx(RHO,
                                                                                         rel=1e-12)
@@ -101,7 +103,8 @@ def test_one_step_written_out(batch, momentum):
     assert loss.ndim == 0 and not loss.requires_grad
     for n in LAYERS:
         layer, (B1, A1) = getattr(net, n), primary[n]
-        assert_close(product(layer), RHO * turned[n] / global_norm(turned.values()), n)
+        assert_close(product(layer), RHO * turned[n] / global_norm(turned.values()),
+                     f"(A18), {n}: B2 A2 after one step")
         assert_close(layer.lora_B, B1 - lr * s * G[n] @ A1.T, f"{n}.lora_B")
         assert_close(layer.lora_A, A1 - lr * s * B1.T @ G[n], f"{n}.lora_A")
 

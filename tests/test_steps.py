@@ -102,14 +102,21 @@ def snapshot(model):
 
 
 def assert_close(found, expected, where, rtol=1e-10, atol=1e-13):
-    """The message begins with `where`: which layer, which factor."""
+    """The message begins with `where`, equation, layer and factor, and says by how much."""
     torch.testing.assert_close(found.detach(), expected.detach(), rtol=rtol, atol=atol,
-                               msg=lambda text: f"{where}: {text}")
+                               msg=lambda text: f"{where}: {difference(found, expected)}\n{text}")
+
+
+def difference(found, expected):
+    if found.shape != expected.shape:
+        return f"the shape is {tuple(found.shape)}; expected {tuple(expected.shape)}"
+    off = (found.double() - expected.double()).abs().max().item()
+    return f"off by up to {off:.3g}; the largest expected value is {expected.abs().max():.3g}"
 
 
 def assert_same_bits(model, before):
     for name, t in model.state_dict().items():
-        assert torch.equal(t, before[name]), name
+        assert torch.equal(t, before[name]), f"{name} has changed: {difference(t, before[name])}"
 
 
 # ---------------------------------------------------------------------------------------- the layer
@@ -123,10 +130,10 @@ def test_scale_and_forward_by_hand():
         linear.bias.copy_(torch.tensor([10.0, 20.0]))
         layer.lora_B.copy_(torch.tensor([[1.0], [-1.0]]))
         layer.lora_A.copy_(torch.tensor([[2.0, 5.0]]))
-    assert layer.scale == 3.0
+    assert layer.scale == 3.0, f"Eq. (1): s is {layer.scale}; expected alpha / rank = 3"
     # W = [[1, 2], [3, 4]] + 3 [[2, 5], [-2, -5]] = [[7, 17], [-3, -11]]
-    assert torch.equal(layer.delta(), torch.tensor([[6.0, 15.0], [-6.0, -15.0]]))
-    assert torch.equal(layer(torch.tensor([[1.0, 1.0]])), torch.tensor([[34.0, 6.0]]))
+    assert_close(layer.delta(), torch.tensor([[6.0, 15.0], [-6.0, -15.0]]), "Eq. (1), s B A")
+    assert_close(layer(torch.ones(1, 2)), torch.tensor([[34.0, 6.0]]), "Eq. (1), y = W x + bias")
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
@@ -137,8 +144,8 @@ def test_forward_equals_dense_weight(auxiliary):
     dense = layer.weight + 3.0 * layer.lora_B @ layer.lora_A
     if auxiliary:
         dense = dense + 3.0 * layer.aux_B @ layer.aux_A
-    torch.testing.assert_close(layer(x), x @ dense.T + layer.bias, **close)
-    torch.testing.assert_close(layer.aux_delta(), 3.0 * layer.aux_B @ layer.aux_A, **close)
+    assert_close(layer(x), x @ dense.T + layer.bias, f"Eq. (7), y, training mode {auxiliary}")
+    assert_close(layer.aux_delta(), 3.0 * layer.aux_B @ layer.aux_A, "Eq. (7), s B2 A2")
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
@@ -147,11 +154,11 @@ def test_gradients_eq_2_and_9(batch, auxiliary):
     closure_of(net, batch)()
     for name, G in plain_gradients(net, *batch, auxiliary).items():
         layer = getattr(net, name)
-        assert_close(layer.lora_B.grad, 3.0 * G @ layer.lora_A.T, f"{name}.lora_B")
-        assert_close(layer.lora_A.grad, 3.0 * layer.lora_B.T @ G, f"{name}.lora_A")
+        assert_close(layer.lora_B.grad, 3.0 * G @ layer.lora_A.T, f"Eq. (2), {name}.lora_B.grad")
+        assert_close(layer.lora_A.grad, 3.0 * layer.lora_B.T @ G, f"Eq. (2), {name}.lora_A.grad")
         if auxiliary:
-            assert_close(layer.aux_B.grad, 3.0 * G @ layer.aux_A.T, f"{name}.aux_B")
-            assert_close(layer.aux_A.grad, 3.0 * layer.aux_B.T @ G, f"{name}.aux_A")
+            assert_close(layer.aux_B.grad, 3.0 * G @ layer.aux_A.T, f"Eq. (9), {name}.aux_B.grad")
+            assert_close(layer.aux_A.grad, 3.0 * layer.aux_B.T @ G, f"Eq. (9), {name}.aux_A.grad")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -361,10 +368,10 @@ def test_lora_step_eq_2(batch):
     first = F.cross_entropy(net(batch[0]), batch[1])
     for p in primary_parameters(net):
         p.grad = torch.ones_like(p)  # a stale gradient: the step zeroes it
-    torch.testing.assert_close(lora_step(optimizer, closure_of(net, batch)), first, **close)
+    assert_close(lora_step(optimizer, closure_of(net, batch)), first, "Eq. (2), the loss returned")
     for name, (B, A) in expected.items():
-        assert_close(getattr(net, name).lora_B, B, f"{name}.lora_B")
-        assert_close(getattr(net, name).lora_A, A, f"{name}.lora_A")
+        assert_close(getattr(net, name).lora_B, B, f"Eq. (2), {name}.lora_B")
+        assert_close(getattr(net, name).lora_A, A, f"Eq. (2), {name}.lora_A")
 
 
 # ------------------------------------------------------------------------------------ SAM, LoRA-SAM
@@ -393,7 +400,7 @@ def test_plain_sam_eq_a2_a3(batch, rho, make):
         theirs.step()
     for (name, p), q in zip(net.named_parameters(), other.parameters()):
         # Adam divides by small roots
-        assert_close(p, q, name, rtol=1e-8, atol=1e-11)
+        assert_close(p, q, f"Eq. (A2), (A3), {name}", rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("rho", [1e-3, 0.05, 0.5, 5.0])
@@ -414,11 +421,11 @@ def test_lora_sam_step_eq_4(batch, rho):
                                 {n: A[n] + rho * gA[n] / F_ for n in LAYERS})
     first = F.cross_entropy(net(batch[0]), batch[1])
     optimizer = torch.optim.SGD([{"params": primary_parameters(net)}], lr=lr)
-    torch.testing.assert_close(lora_sam_step(optimizer, closure_of(net, batch), rho), first,
-                               **close)
+    assert_close(lora_sam_step(optimizer, closure_of(net, batch), rho), first,
+                 "Eq. (4), the loss returned, that of pass 1")
     for n in LAYERS:
-        assert_close(getattr(net, n).lora_B, B[n] - lr * gB2[n], f"{n}.lora_B")
-        assert_close(getattr(net, n).lora_A, A[n] - lr * gA2[n], f"{n}.lora_A")
+        assert_close(getattr(net, n).lora_B, B[n] - lr * gB2[n], f"Eq. (4), {n}.lora_B")
+        assert_close(getattr(net, n).lora_A, A[n] - lr * gA2[n], f"Eq. (4), {n}.lora_A")
 
 
 def test_lora_sam_perturbs_only_params(batch):
@@ -431,7 +438,8 @@ def test_lora_sam_perturbs_only_params(batch):
     lora_sam_step(optimizer, closure_of(net, batch, seen=seen), 0.3,
                   params=(p for p in primary_parameters(net)))
     eps = {name: seen[1][name] - seen[0][name] for name in seen[0]}
-    assert global_norm(eps.values()) == pytest.approx(0.3, rel=1e-10)
+    size = global_norm(eps.values())
+    assert size == pytest.approx(0.3, rel=1e-10), f"Eq. (4): the norm of eps is {size}, rho is 0.3"
     assert not eps["head.weight"].any() and not eps["first.weight"].any()
     assert not torch.equal(net.head.weight, before["head.weight"])
 
@@ -466,7 +474,8 @@ def test_perturbation_does_not_depend_on_the_loss_scale(batch):
                       closure_of(net, batch, scale, seen), 0.05)
         return torch.cat([(seen[1][n] - seen[0][n]).flatten() for n in seen[0]])
     for scale in (2.0**16, 2.0**-16):
-        torch.testing.assert_close(perturbation(scale), perturbation(1.0), rtol=1e-8, atol=1e-12)
+        assert_close(perturbation(scale), perturbation(1.0), f"Eq. (4), eps of {scale} times the "
+                     "loss", rtol=1e-8, atol=1e-12)
 
 
 class Stop(Exception):
@@ -497,7 +506,7 @@ def test_weights_come_back_bit_for_bit_in_their_own_storage(batch, how):
     else:
         lora_sam_step(optimizer, closure, 0.05)
     moved = [not torch.equal(a, b) for a, b in zip(*calls)]
-    assert moved == [how != "no gradient in pass 1"] + [True] * (len(params) - 1)
+    assert moved == [how != "no gradient in pass 1"] + [True] * (len(params) - 1), "Eq. (4), eps"
     assert_same_bits(net, before)
     assert [p.data_ptr() for p in params] == where
 
@@ -523,7 +532,8 @@ def test_all_zero_gradient_gives_no_perturbation(batch):
     net, seen = adapted(), []
     lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.1),
                   closure_of(net, batch, 0.0, seen), 0.05)
-    assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+    for name in seen[0]:
+        assert torch.equal(seen[0][name], seen[1][name]), f"Eq. (4): g is 0, and {name} moved"
 
 
 def test_both_passes_draw_the_same_dropout_masks(batch):
@@ -538,7 +548,8 @@ def test_both_passes_draw_the_same_dropout_masks(batch):
     lora_sam_step(torch.optim.SGD(primary_parameters(net), lr=0.0), closure, 0.0)
     after_two_passes = torch.rand(())
     torch.manual_seed(11)
-    assert losses[0] == losses[1] == F.cross_entropy(net(batch[0]), batch[1]).item()
+    assert losses[0] == losses[1], "the two passes have other losses at eps = 0: other masks"
+    assert losses[0] == F.cross_entropy(net(batch[0]), batch[1]).item()
     assert torch.rand(()) == after_two_passes  # the generator stands where one pass leaves it
     # dropout does something here
     assert F.cross_entropy(net(batch[0]), batch[1]).item() != losses[0]
@@ -634,10 +645,10 @@ def test_bilora_step_eq_9_10(batch, rho):
                    for n, (B1, A1, B2, A2) in new.items()}
         first = F.cross_entropy(net(batch[0]), batch[1])
         loss = bilora_step(descent, ascent, closure_of(net, batch), lora_layers(net), rho)
-        torch.testing.assert_close(loss, first.detach(), **close)
+        assert_close(loss, first, "Eq. (9), the loss returned")
         for n, values in new.items():
             for field, value in zip(("lora_B", "lora_A", "aux_B", "aux_A"), values):
-                assert_close(getattr(getattr(net, n), field), value, f"{n}.{field}")
+                assert_close(getattr(getattr(net, n), field), value, f"Eq. (9), (10), {n}.{field}")
         clipped.append(c > rho)
     assert clipped[0] if rho < 1e3 else not any(clipped)
 
@@ -785,7 +796,7 @@ def test_gram_norm_equals_dense_norm(dtype, rtol, size):
     dense = global_norm([layer.aux_B.double() @ layer.aux_A.double() for layer in lora_layers(net)])
     norm = perturbation_norm(lora_layers(net))
     assert norm.shape == () and norm.dtype == torch.promote_types(dtype, torch.float32)
-    assert norm.item() == pytest.approx(dense, rel=rtol)
+    assert norm.item() == pytest.approx(dense, rel=rtol), f"Eq. (10): c is {norm}, not {dense}"
     with torch.autocast("cpu", torch.bfloat16):
         assert perturbation_norm(lora_layers(net)).item() == norm.item()
     assert perturbation_norm(lora_layers(adapted())).item() == 0.0
@@ -808,7 +819,8 @@ def test_gram_norm_forms_no_full_matrix():
         layer.aux_B.normal_()
     with Watch():
         norm = perturbation_norm([layer])
-    assert max(largest) == 49 and norm.item() == pytest.approx(
+    assert max(largest) == 49, f"Eq. (10): c formed {max(largest)} numbers; r2 x r2 is 49"
+    assert norm.item() == pytest.approx(
         (layer.aux_B.double() @ layer.aux_A.double()).norm().item(), rel=1e-5)
 
 
@@ -824,13 +836,16 @@ def test_clip_is_global_acts_only_outside_and_lands_on_the_ball():
     before, bits = dense_products(net), snapshot(net)
     c = before.norm().item()
     for rho in (c * 1.001, 10 * c, math.inf):
-        assert clip_perturbation_(lora_layers(net), rho).item() == pytest.approx(c, rel=1e-12)
+        found = clip_perturbation_(lora_layers(net), rho)
+        assert_close(found, before.norm(), "Eq. (10), c, which the clip returns")
         assert_same_bits(net, bits)
-    clip_perturbation_(lora_layers(net), c / 7)
+    found = clip_perturbation_(lora_layers(net), c / 7)
+    assert_close(found, before.norm(), "Eq. (10), c before the clip, which it returns")
     # one factor for all layers
-    torch.testing.assert_close(dense_products(net), before / 7, **close)
+    assert_close(dense_products(net), before / 7, "Eq. (10), all B2 A2 at rho = c / 7")
     for name, value in net.state_dict().items():  # both factors alike, by the root
-        assert_close(value, bits[name] / (math.sqrt(7) if "aux" in name else 1), name)
+        root = math.sqrt(7) if "aux" in name else 1
+        assert_close(value, bits[name] / root, f"Eq. (10), {name}")
     clip_perturbation_(lora_layers(net), 0.0)
     assert not dense_products(net).any()
     clip_perturbation_(lora_layers(net), 0.0)  # 0 / 0 is no clip

@@ -377,6 +377,37 @@ def test_a_change_of_gain_is_paired_by_seed():
     assert f"| 2 | {np.mean(changes):+.4f} ±" in line
 
 
+def test_the_tables_of_the_notes_are_those_of_the_record():
+    with open(os.path.join(study.FIGURES, "study.json")) as file:
+        record, marks = json.load(file), 0
+    for path in study.PAGES:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        assert study_tables.filled(text, record) == text, f"{path}: run python notes/study.py table"
+        marks += len(study_tables.MARK.findall(text))
+    assert marks >= 2
+
+
+def test_a_table_of_a_note_by_hand():
+    def runs(part, *scores, **more):
+        return {str(i): {"scores": {part: [x], "held": [x]}, **more} for i, x in enumerate(scores)}
+
+    found = {"chosen": {}, "runs": {}}
+    for cell, part in (("demo", "dev"), ("sst2-1000", "rest")):
+        found["runs"][cell] = {"lora": runs(part, 0.5, 0.6, 0.7, rise=0.25),
+                               "lora-sam_rho-0.01": runs(part, 0.6, 0.6, 0.9, rise=0.125)}
+    half = 4.3027 * np.std([0.1, 0.0, 0.2], ddof=1) / math.sqrt(3)
+    marks = "<!-- study: demo lora,lora-sam-paper -->\nold\n<!-- end -->\n"
+    assert study_tables.filled("a\n" + marks + "b\n", found).splitlines()[4:6] == [
+        "| `lora` |  | 0.600 |  |  | 0.250 |",
+        f"| `lora-sam-paper` | rho 0.01 | 0.700 | +0.100 ± {half:.3f} | 2 of 2 | 0.125 |"]
+    marks = marks.replace("demo", "demo,sst2-1000")
+    assert study_tables.filled(marks, found).splitlines()[1:-1] == [
+        "|  | demo, 20 seeds | sst2-1000, 10 seeds |", "| --- | --- | --- |",
+        "| `lora` | 0.600 | 0.600 |",
+        f"| `lora-sam-paper` | +0.100 ± {half:.3f} | +0.100 ± {half:.3f} |"]
+
+
 def test_the_figures_show_the_gains(folder, monkeypatch, ticks):
     """Mean and half of the interval of each row in each cell that was run; curves of two cells."""
     figures = []
