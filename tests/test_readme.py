@@ -78,6 +78,25 @@ def test_the_example_adds_a_method():
     assert scope["lora-sam-on-all"].step(run, closure)["loss"] == 2 and (weight < 1).all()
 
 
+def test_the_step_of_note_4_moves_b_alone():
+    """Where the second gradient is taken A is as before, and B is rho away."""
+    scope = {**vars(methods), "add": lambda table: scope.update(table)}
+    exec(blocks(read("notes", "4_bilora.md"))[0], scope)
+    layer, seen = bilora.LoRALinear(nn.Linear(4, 3), 2, 4), []
+
+    def closure():
+        seen.append((layer.lora_B.detach().clone(), layer.lora_A.detach().clone()))
+        loss = layer(torch.ones(1, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    run = SimpleNamespace(descent=torch.optim.SGD(layer.parameters(), lr=0.1), rho=0.1,
+                          layers=[layer])
+    scope["sam-on-b"].step(run, closure)
+    (B, A), (moved, same) = seen
+    assert torch.equal(A, same) and abs((moved - B).norm() - 0.1) < 1e-6
+
+
 def test_the_adapter_of_a_run_predicts(tmp_path, monkeypatch, capsys):
     """On the tiny BERT, with what a run of the script left: the example's merged model gives the
     logits of the adapted one."""
