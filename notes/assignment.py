@@ -5,8 +5,10 @@
 
 The first command writes the folder COPY.  There the body of each chosen function is one line, which
 raises NotImplementedError; signature and docstring stay.  SHEET.md says what to write, with
-equations and hints, and which tests grade it.  The second command runs these tests and says in
-plain words what is done.  --list names all tasks.
+equations and hints, and which tests grade it.  The second command puts COPY's files of these tasks,
+and nothing else of COPY, beside this project's tests, runs them, and says in plain words what is
+done; the exit code is 1 where something is not.  COPY may hold the handed-in files alone: --blank
+says for which tasks.  --list names all tasks.
 """
 
 import argparse
@@ -25,7 +27,7 @@ FILES = ("bilora.py", "model.py", "train_glue.py", "train_gsm8k.py", "requiremen
          "pytest.ini", "notes")
 TESTS = ("conftest.py", "test_steps.py", "test_propositions.py", "test_adapter.py",
          "test_measures.py", "test_power.py", "golden")
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "figures", "solutions.md", "mistakes.py")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "solutions.md", "mistakes.py")
 SHEET, BLANKS = "SHEET.md", "blanks.json"
 
 
@@ -42,11 +44,14 @@ TASKS = {
     "forward": Task(
         "bilora.py", ("LoRALinear.forward",), "(1), (7)",
         "The output of an adapted layer, without ever forming the (m, n) matrix B A.",
-        ("x comes as (..., n); `self.frozen` takes rows.",
-         "`self.pairs(self.training)` lists the pairs that take part.",
-         "Count multiplications: (x A^T) B^T is cheap, x (B A)^T is not."),
+        ("x comes as (..., n); there may be no row at all.",
+         "`self.frozen` is the product with W0; `self.pairs(self.training)` lists pairs.",
+         "Count multiplications: (x A^T) B^T is cheap, x (B A)^T is not.",
+         "The base and x may be bfloat16; the factors are float32, and follow the others' dtype."),
         ("test_steps.py::test_scale_and_forward_by_hand",
          "test_steps.py::test_forward_equals_dense_weight",
+         "test_steps.py::test_forward_forms_no_full_matrix",
+         "test_steps.py::test_low_precision_forward",
          "test_steps.py::test_gradients_eq_2_and_9",
          "test_steps.py::test_shapes_of_a_batch_are_those_of_nn_linear")),
     "add_lora": Task(
@@ -54,7 +59,8 @@ TASKS = {
         "Freeze the model, put an adapted layer in the place of each chosen linear layer, and "
         "return the list of them.",
         ("`_targeted` chooses among names; `model.set_submodule` replaces a layer.",
-         "Check everything before you change anything.",
+         "Check everything before you change anything, and first that there are no adapters yet.",
+         "aux_rank changes no primary pair: make those first, then the others by `_new_pair`.",
          "One linear layer may stand under two names."),
         ("test_steps.py::test_add_lora_freezes_all_but_adapters_and_skips_heads",
          "test_steps.py::test_add_lora_targets",
@@ -74,8 +80,9 @@ TASKS = {
          "w + eps - eps is not w in floating point: keep a copy.",
          "Both passes draw the same dropout masks: fork the random stream around the first one.",
          "One norm over all parameters; where it is zero nothing moves."),
-        ("test_steps.py::test_plain_sam_eq_a2_a3", "test_steps.py::test_lora_sam_step_eq_4",
+        ("test_steps.py::test_lora_sam_step_eq_4",
          "test_steps.py::test_lora_sam_perturbs_only_params",
+         "test_steps.py::test_plain_sam_eq_a2_a3",
          "test_steps.py::test_perturbation_does_not_depend_on_the_loss_scale",
          "test_steps.py::test_weights_come_back_bit_for_bit_in_their_own_storage",
          "test_steps.py::test_all_zero_gradient_gives_no_perturbation",
@@ -90,7 +97,7 @@ TASKS = {
     "clip_perturbation_": Task(
         "bilora.py", ("clip_perturbation_",), "(10)",
         "If c > rho, shrink every B2 and A2 so that c becomes rho.  Return c as it was.",
-        ("c is a product of two factors: which power of rho / c does each one get?",
+        ("c is a product of two factors, and both shrink alike.",
          "No Python `if` on a tensor: torch.where chooses without waiting for the device."),
         ("test_steps.py::test_clip_is_global_acts_only_outside_and_lands_on_the_ball",
          "test_steps.py::test_clip_needs_no_value_on_the_host")),
@@ -118,7 +125,8 @@ TASKS = {
         "Block power iteration in the place of the paper's ascent and clip (note 5).",
         ("With orthonormal rows of A2, s G A2^T is the best B2 for them.",
          "s B2^T G turns the rows; a QR decomposition makes them orthonormal.",
-         "Carry B2 over into the new rows before you scale."),
+         "Carry B2 over into the new rows before you scale.",
+         "`_blend` has one norm for a list: all layers' B2 together, each A2 by itself."),
         ("test_power.py::test_at_a_fixed_gradient_it_reaches_the_optimum_of_prop_3",
          "test_power.py::test_every_step_keeps_the_rows_orthonormal_and_the_radius",
          "test_power.py::test_one_step_written_out")),
@@ -184,10 +192,11 @@ def definitions(tree, prefix=""):
 
 def sheet(names):
     """What to write, Markdown."""
-    text = ("# What to write\n\nEach function below raises NotImplementedError.  Its docstring "
-            "says what it takes and returns.  `python notes/assignment.py . --check` says what is "
-            "done.\n")
-    for name in names:
+    text = ("# What to write\n\n`pip install -r requirements.txt` installs what is needed.  Each "
+            "function below raises NotImplementedError.  Its docstring, or that of its class or "
+            "caller, says what it takes and returns.  `python notes/assignment.py . --check` says "
+            "what is done.\n")
+    for name in dict.fromkeys(names):
         task = TASKS[name]
         functions = ", ".join(f"`{function}`" for function in task.functions)
         text += (f"\n## {name}\n\nIn `{task.file}`: {functions}.  Equations: {task.equation}.\n\n"
@@ -215,7 +224,8 @@ def make_copy(folder, names):
         for name in names:
             edit(os.path.join(copy, TASKS[name].file),
                  lambda source: blanked(source, name, TASKS[name].functions))
-        edit(os.path.join(copy, "tests", "conftest.py"), lambda source: source + HOOK)
+        edit(os.path.join(copy, "tests", "conftest.py"),
+             lambda source: source.removesuffix(HOOK) + HOOK)
         write(os.path.join(copy, SHEET), sheet(names))
         write(os.path.join(copy, BLANKS), json.dumps({name: TASKS[name].tests for name in names}))
         os.rename(copy, folder)
@@ -234,16 +244,26 @@ def write(path, text):
 
 def check(folder, names=None):
     """Run the tests that grade these tasks, by default those that a copy has blanked; {task: (how
-    many pass, of how many, what the first other one says)}."""
-    path = os.path.join(folder, BLANKS)
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: not there; expected a folder that --blank has written")
-    with open(path, encoding="utf-8") as file:
-        graders = json.load(file)
-    if names:
-        graders = {name: TASKS[name].tests for name in names}
-    cases = run_tests(folder, [test for tests in graders.values() for test in tests])
-    return {name: grade(cases, tests) for name, tests in graders.items()}
+    many pass, of how many, what the others say)}."""
+    names = list(dict.fromkeys(names or blanks_of(folder)))
+    with tempfile.TemporaryDirectory() as place:
+        fresh = os.path.join(place, "copy")
+        make_copy(fresh, names)
+        for file in dict.fromkeys(TASKS[name].file for name in names):
+            shutil.copy(os.path.join(folder, file), os.path.join(fresh, file))
+        cases = run_tests(fresh, [test for name in names for test in TASKS[name].tests])
+    return {name: grade(cases, TASKS[name].tests) for name in names}
+
+def blanks_of(folder):
+    """The tasks of a copy."""
+    path, names = os.path.join(folder, BLANKS), []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            names = [name for name in json.load(file) if name in TASKS]
+    if not names:
+        raise ValueError(f"{path}: names no task; expected a folder that this command has written, "
+                         "or --blank with the tasks")
+    return names
 
 def run_tests(folder, tests):
     """The cases of pytest's report on these tests of a copy."""
@@ -264,8 +284,10 @@ def last_error(text):
 
 def grade(cases, tests):
     own = [case for case in cases if name_of(case) in tests]
+    own.sort(key=lambda case: tests.index(name_of(case)))
     bad = [case for case in own or cases if len(case)]  # own is empty where a file has an error
-    return len(own or bad) - len(bad), len(own), message_of(bad[0]) if bad else ""
+    messages = {name_of(case): message_of(case) for case in reversed(bad)}  # one a test, the first
+    return len(own or bad) - len(bad), len(own), list(messages.values())[::-1]
 
 def name_of(case):
     """file::name of a test, without its parameters."""
@@ -279,15 +301,19 @@ def message_of(case):
     return f"{name_of(case)}: {lines[0] if lines else case[0].tag}"
 
 def report_of(found):
-    for name, (passed, count, message) in found.items():
+    for name, (passed, count, messages) in found.items():
+        missing = [text.split(": yours to write")[0].split()[-1] for text in messages
+                   if "yours to write" in text]
         if passed == count > 0:
             print(f"{name}: done; all {count} tests pass")
         elif not count:
-            print(f"{name}: its tests could not start\n    {message}")
-        elif "yours to write" in message:
-            print(f"{name}: not begun, or it needs one that is not; {passed} of {count} tests pass")
+            print(f"{name}: its tests could not start\n    {messages[0]}")
+        elif missing:
+            reason = "not begun" if name in missing else f"waits for {missing[0]}, not begun"
+            print(f"{name}: {reason}; {passed} of {count} tests pass")
         else:
-            print(f"{name}: not yet; {passed} of {count} tests pass\n    {message}")
+            print(f"{name}: not yet; {passed} of {count} tests pass")
+            print("".join(f"    {message}\n" for message in messages), end="")
 
 
 class Parser(argparse.ArgumentParser):
@@ -298,8 +324,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="of the copy")
-    parser.add_argument("--blank", nargs="+", choices=TASKS, metavar="TASK", default=list(TASKS),
-                        help="tasks (default: all)")
+    parser.add_argument("--blank", nargs="+", choices=TASKS, metavar="TASK",
+                        help="tasks (default: all; with --check those of the copy)")
     parser.add_argument("--check", action="store_true", help="run the tests that grade a copy")
     parser.add_argument("--list", action="store_true", help="print the tasks")
     options = parser.parse_args(argv)
@@ -309,14 +335,16 @@ def main(argv=None):
         elif not options.folder:
             parser.error("expected the folder of the copy")
         elif options.check:
-            found = check(options.folder)
+            found = check(options.folder, options.blank)
             report_of(found)
-            return found
+            return int(any(passed < count or not count for passed, count, _ in found.values()))
         else:
-            make_copy(options.folder, options.blank)
-            print(f"{options.folder}: {', '.join(options.blank)} to write; begin with {SHEET}")
+            names = options.blank or list(TASKS)
+            make_copy(options.folder, names)
+            print(f"{options.folder}: {', '.join(names)} to write; begin with {SHEET}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    return 0
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

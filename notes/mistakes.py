@@ -171,7 +171,7 @@ MISTAKES = {
 
 
 def found_out(name):
-    """(is it found out, what the failing test says) of one mistake."""
+    """(is it found out, what the failing tests say) of one mistake."""
     mistake = MISTAKES[name]
     with tempfile.TemporaryDirectory() as place:
         folder = os.path.join(place, "copy")
@@ -179,9 +179,9 @@ def found_out(name):
         path = os.path.join(folder, TASKS[mistake.task].file)
         edit(path, lambda source: patched(source, mistake))
         tests = mistake.tests or TASKS[mistake.task].tests
-        passed, count, message = grade(run_tests(folder, tests), tests)
+        _, _, messages = grade(run_tests(folder, tests), tests)
     place = mistake.place or PLACES[mistake.task]
-    return passed < count and re.search(place, message) is not None, message
+    return any(re.search(place, message) for message in messages), messages
 
 def patched(source, mistake):
     if source.count(mistake.old) != 1:
@@ -197,8 +197,8 @@ def main(argv=None):
     for name in names:
         if name not in MISTAKES:
             parser.error(f"{name!r}: no such mistake; expected one of {', '.join(MISTAKES)}")
-        found, message = found_out(name)
-        print(f"{'found' if found else 'MISSED'}: {name}\n    {message}", flush=True)
+        found, messages = found_out(name)
+        print(f"{'found' if found else 'MISSED'}: {name}", *messages, sep="\n    ", flush=True)
         missed += [] if found else [name]
     print(f"{len(names) - len(missed)} of {len(names)} are found out")
     raise SystemExit(1 if missed else 0)

@@ -72,7 +72,7 @@ def draw(path):
         axis.set(title=method, xlabel="W11: steep", ylabel="W22: flat")
     for name, optimizer in (("plain", SGD), ("AdamW", AdamW), ("power rule", None)):
         last.plot(gains(optimizer), label=name)
-    last.set(title="G = diag(4, 3), rho = 1", xlabel="step", ylabel="<G, B2 A2>")
+    last.set(title="G = diag(4, 3), rho = 1", xlabel="step", ylabel="<G, B2 A2>", yticks=range(6))
     last.legend(loc="lower right")
     figure.savefig(path, format="png", dpi=80)
 

@@ -55,7 +55,7 @@ def test_merge_in_float64():
         assert not layer.training and not layer.weight.requires_grad
         assert (layer.weight - base[name]).norm() > 0.1  # there was something to merge
         assert_close(layer.weight, W, f"Eq. (1), merged {name}.weight", rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(net.train()(x), logits, rtol=1e-12, atol=1e-12)
+    assert_close(net.train()(x), logits, "logits of the merged model", rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

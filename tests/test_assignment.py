@@ -80,22 +80,36 @@ def test_the_check_says_what_is_done_wrong_and_not_begun(copy, capsys):
     source, path = read(PROJECT, "bilora.py"), copy / "bilora.py"
     wrong = source.replace("torch.sqrt(rho / c), 1.0", "rho / c, 1.0")
     path.write_text(assignment.blanked(wrong, "merge_lora_", TASKS["merge_lora_"].functions))
-    found = assignment.main([str(copy), "--check"])
+    (copy / "tests/test_steps.py").write_text("")  # a student's own tests grade nothing
+    found = assignment.check(copy)
     assert found["lora_step"][:2] == (1, 1) and found["merge_lora_"][0] == 0
-    passed, count, message = found["clip_perturbation_"]
+    passed, count, (message,) = found["clip_perturbation_"]
     assert passed < count and message.startswith("test_steps.py::test_clip_is_global")
+    assert "Eq. (10), all B2 A2 at rho = c / 7: off by up to " in message
+    assignment.report_of(found)
     printed = capsys.readouterr().out
     assert "lora_step: done; all 1 tests pass" in printed
     assert "merge_lora_: not begun" in printed and "clip_perturbation_: not yet; " in printed
     path.write_text("def (:\n")
     assert 'bilora.py", line 1 SyntaxError: ' in error_of(
         capsys, [str(copy), "--check"], assignment.main)
+    shutil.copy(os.path.join(PROJECT, "tests", "test_steps.py"), copy / "tests")
     path.write_text(source)
-    (copy / "notes/methods.py").write_text("import nothing\n")
-    assignment.main([str(copy), "--check"])
+
+
+def test_a_file_handed_in_alone(tmp_path, capsys):
+    """For the tasks that are named; notes/measures.py lies in its folder."""
+    os.mkdir(tmp_path / "notes")
+    source = read(PROJECT, "notes", "measures.py")
+    argv = [str(tmp_path), "--check", "--blank", "hessian_vector"]
+    assert "measures.py" in error_of(capsys, argv, assignment.main)
+    (tmp_path / "notes/measures.py").write_text(source)
+    assert assignment.main(argv) == 0
+    assert capsys.readouterr().out == "hessian_vector: done; all 2 tests pass\n"
+    (tmp_path / "notes/measures.py").write_text("import nothing\n" + source)
+    assert assignment.main(argv) == 1
     printed = capsys.readouterr().out
-    assert "lora_step: its tests could not start\n    " in printed and "'nothing'" in printed
-    shutil.copy(os.path.join(PROJECT, "notes", "methods.py"), copy / "notes")
+    assert "hessian_vector: its tests could not start\n    " in printed and "'nothing'" in printed
 
 
 def test_other_tests_of_a_copy_pass_or_are_skipped(copy):
@@ -129,19 +143,19 @@ def test_every_mistake_is_a_patch_that_compiles():
 @pytest.mark.parametrize("name", ["one factor alone"])
 def test_mistakes_are_found_out(name):
     """A sample; `python notes/mistakes.py` takes all."""
-    found, message = mistakes.found_out(name)
-    assert found, message
+    found, messages = mistakes.found_out(name)
+    assert found, messages
 
 
 def test_a_right_answer_is_no_mistake(monkeypatch):
     same = mistakes.Mistake("lora_step", "g = dL/dw at w, (2)", "g = dL/dw at w,  (2)", "")
     monkeypatch.setitem(MISTAKES, "same", same)
-    assert mistakes.found_out("same") == (False, "")
+    assert mistakes.found_out("same") == (False, [])
 
 
 @pytest.mark.parametrize("argv, message", [
     (["here"], "exists; expected the name of a new folder"), ([], "expected the folder"),
-    (["here", "--check"], "expected a folder that --blank has written"),
+    (["here", "--check"], "names no task; expected a folder that this command has written"),
     (["new", "--blank", "all"], "invalid choice")])
 def test_wrong_input(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
