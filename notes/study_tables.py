@@ -125,7 +125,13 @@ def line_of(found, cell, row, part):
     if row != "lora" and paired:
         higher, n, p = sign_test(paired)
         cells = [number(*interval(paired), "+"), f"{higher} of {n}, {p:.2g}"]
-    return [row, text, f"{statistics.fmean(values):.4f}", spread, *cells]
+    return [row + seeds_of(found, cell, row, part), text, f"{statistics.fmean(values):.4f}", spread,
+            *cells]
+
+def seeds_of(found, cell, row, part):
+    """" (n = 4)" where a row has other seeds than LoRA, as it is not complete yet."""
+    own, all_of = (len(scores_of(found, cell, name, part)) for name in (row, "lora"))
+    return "" if own == all_of else f" (n = {own})"
 
 def diverged(found, cell):
     settings = found["runs"].get(cell, {}).values()
@@ -306,7 +312,8 @@ def brief(found, cell, rows):
             higher = f"{wins} of {n}"
         rise = f"{statistics.fmean(kept['rise'] for kept in runs.values()):.3f}" if runs else ""
         text = ", ".join(f"{key} {value}" for key, value in setting.items())
-        lines.append([f"`{row}`", text, f"{score:.3f}", gain, higher, rise])
+        name = f"`{row}`" + seeds_of(found, cell, row, part)
+        lines.append([name, text, f"{score:.3f}", gain, higher, rise])
     return lines
 
 def short(mean, half):

@@ -353,7 +353,8 @@ def test_a_table_of_made_up_runs():
              "runs": {"demo": {"lora": lora, "lora-sam_rho-0.2": sam}}}
     text = study_tables.table(found, "demo", "dev")
     half = 12.7062 * np.std([0.3, 0.2], ddof=1) / math.sqrt(2)
-    assert f"| lora-sam | rho 0.2 | 0.7000 | 0.1732 | +0.2500 ± {half:.4f} | 2 of 2, 0.5 |" in text
+    assert (f"| lora-sam (n = 3) | rho 0.2 | 0.7000 | 0.1732 | +0.2500 ± {half:.4f} | 2 of 2, 0.5 |"
+            in text)  # LoRA has two
     assert "| lora |  | 0.5500 | 0.0707 |  |  |" in text
     assert "| lora, epoch chosen on held |  | 0.6500 |" in text  # 0.7 and 0.6
     assert "| lora, best epoch |  | 0.8000 |" in text
