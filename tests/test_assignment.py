@@ -103,9 +103,6 @@ def test_a_file_handed_in_alone(tmp_path, capsys):
     source = read(PROJECT, "notes", "measures.py")
     argv = [str(tmp_path), "--check", "--blank", "hessian_vector"]
     assert "measures.py" in error_of(capsys, argv, assignment.main)
-    (tmp_path / "notes/measures.py").write_text(source)
-    assert assignment.main(argv) == 0
-    assert capsys.readouterr().out == "hessian_vector: done; all 2 tests pass\n"
     (tmp_path / "notes/measures.py").write_text("import nothing\n" + source)
     assert assignment.main(argv) == 1
     printed = capsys.readouterr().out
@@ -145,12 +142,6 @@ def test_mistakes_are_found_out(name):
     """A sample; `python notes/mistakes.py` takes all."""
     found, messages = mistakes.found_out(name)
     assert found, messages
-
-
-def test_a_right_answer_is_no_mistake(monkeypatch):
-    same = mistakes.Mistake("lora_step", "g = dL/dw at w, (2)", "g = dL/dw at w,  (2)", "")
-    monkeypatch.setitem(MISTAKES, "same", same)
-    assert mistakes.found_out("same") == (False, [])
 
 
 @pytest.mark.parametrize("argv, message", [
