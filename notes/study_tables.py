@@ -302,7 +302,7 @@ def brief(found, cell, rows):
     """Lines of a table of one cell, on the set that counts."""
     lines = [["row", "setting", "score", "minus LoRA's", "higher", "rise"], ["---"] * 6]
     part = counting_set(cell)
-    for row in rows:
+    for row in [row for row in rows if scores_of(found, cell, row, part)]:
         setting, runs = ({}, {}) if row in DERIVED else runs_of(found, cell, row)
         score = statistics.fmean(scores_of(found, cell, row, part).values())
         gain = higher = ""
