@@ -246,6 +246,7 @@ def draw_gains(found, path):
                               color=colour_of(row))
         axis.axvline(0, color="grey", linestyle=":")
         axis.set(title=cell, xlabel="accuracy minus LoRA's")
+        axis.locator_params(axis="x", nbins=5)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
     write_figure(figure, path)
