@@ -25,7 +25,7 @@ class Mistake(NamedTuple):
 
 
 PLACES = {  # equation, or quantity
-    "forward": r"Eq\. \([127]", "add_lora": r"first|weight|requires_grad",
+    "forward": r"Eq\. \([127]", "add_lora": r"first|weight|refused",
     "lora_step": r"Eq\. \(2\)",
     "lora_sam_step": r"Eq\. \((4|A2)\)|has changed|masks", "perturbation_norm": r"Eq\. \(10\)",
     "clip_perturbation_": r"Eq\. \(10\)|has changed|a value was read",
