@@ -27,7 +27,7 @@ class Mistake(NamedTuple):
 PLACES = {  # equation, or quantity
     "forward": r"Eq\. \([127]", "add_lora": r"first|weight|refused",
     "lora_step": r"Eq\. \(2\)",
-    "lora_sam_step": r"Eq\. \((4|A2)\)|has changed|masks", "perturbation_norm": r"Eq\. \(10\)",
+    "lora_sam_step": r"Eq\. \((4|A2)\)|has changed|masks|nan", "perturbation_norm": r"Eq\. \(10\)",
     "clip_perturbation_": r"Eq\. \(10\)|has changed|a value was read",
     "bilora_step": r"Eq\. \((9|10)\)|eq_10|eval_mode", "merge_lora_": r"Eq\. \(1\)|W0",
     "power_rule": r"\(A18\)|rows of", "filter_normalised": "norms of the rows",
@@ -75,8 +75,8 @@ MISTAKES = {
                           "            for p, w in ():\n"),
     "half of the weights restored": Mistake("lora_sam_step", "for p, w in backup.items():",
                                             "for p, w in list(backup.items())[::2]:"),
-    "restored by subtraction": Mistake("lora_sam_step", "                p.copy_(w)\n",
-                                       "                p.sub_(p - w)\n"),
+    "the copy is a view": Mistake("lora_sam_step", "backup = {p: p.detach().clone() for",
+                                  "backup = {p: p.detach() for"),
     "no restore after an exception": Mistake(
         "lora_sam_step", "    finally:\n",
         "    except ZeroDivisionError:\n        pass\n    else:\n"),
