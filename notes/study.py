@@ -1,4 +1,4 @@
-"""The study of notes/9_study.md: its tuning, its runs, its tables and its figure.  Rows, cells and
+"""The study of notes/9_study.md: its tuning, its runs, its tables and figures.  Rows, cells and
 contrasts are in study_plan.py, the statistics in study_tables.py.
 
     python notes/study.py tune demo --jobs 2
