@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 __all__ = ["LoRALinear", "add_lora", "lora_layers", "primary_parameters", "auxiliary_parameters",
            "perturbation_norm", "clip_perturbation_", "lora_step", "lora_sam_step", "bilora_step",
-           "bilora_optimizers", "merge_lora_", "save_adapter", "load_adapter"]
+           "one_pass", "perturbed", "scaled", "global_norm", "bilora_optimizers", "merge_lora_", "save_adapter", "load_adapter"]
 
 
 def _require(condition, message):
@@ -270,7 +270,7 @@ def _require_radius(rho):
 
 def lora_step(optimizer, closure):
     """One step of LoRA: descend along g, the gradient at w, Eq. (2).  One pass."""
-    loss = _one_pass("LoRA", closure, optimizer)                    # g = dL/dw at w, (2)
+    loss = one_pass("LoRA", closure, optimizer)                     # g = dL/dw at w, (2)
     optimizer.step()
     return loss
 
@@ -285,9 +285,10 @@ def lora_sam_step(optimizer, closure, rho, params=None):
     if not params or not all(isinstance(p, torch.Tensor) for p in params):
         raise ValueError(f"params is {str(params)[:60]!r}; expected the parameters to perturb")
     with torch.random.fork_rng({p.device for p in params if p.is_cuda}):
-        loss = _one_pass("LoRA-SAM, pass 1", closure, optimizer, params)    # g = dL/dw at w
-    with _perturbed(params, rho):                                           # (4) w + rho g / F
-        _one_pass("LoRA-SAM, pass 2", closure, optimizer, params)           # dL/dw at w + eps
+        loss = one_pass("LoRA-SAM, pass 1", closure, optimizer, params)     # g = dL/dw at w
+    moving = [p for p in params if p.grad is not None]
+    with perturbed(moving, scaled([p.grad for p in moving], rho)):          # (4) eps = rho g / F
+        one_pass("LoRA-SAM, pass 2", closure, optimizer, params)            # dL/dw at w + eps
     optimizer.step()
     return loss
 
@@ -301,15 +302,20 @@ def bilora_step(descent, ascent, closure, layers, rho, clip=clip_perturbation_):
     layers = _perturbed_layers(layers)
     _require_game(descent, ascent, layers)
     pairs = _primary(layers), _auxiliary(layers)
-    loss = _one_pass("Bi-LoRA", closure, descent, *pairs)           # G at W + s B2 A2, (A4)
+    loss = one_pass("Bi-LoRA", closure, descent, *pairs)            # G at W + s B2 A2, (A4)
     descent.step()                                                  # (9) B1 and A1
     ascent.step()                                                   # (9) B2 and A2
     clip(layers, rho)                                               # (10)
     return loss
 
-def _one_pass(method, closure, optimizer, *others):
-    """Run the closure on fresh gradients, check what it leaves, and return the loss.  Each group of
-    parameters, the optimizer's and the others, has to get a gradient."""
+# What steps are made of, for a step of your own: a pass, a perturbation, norms.
+
+def one_pass(method, closure, optimizer, *others):
+    """Run the closure on fresh gradients, check what it leaves, and return the loss, detached.
+
+    others: more lists of parameters.  Each list, the optimizer's first, has to get a gradient
+    (ValueError).  method: the name in the message of a NaN or infinite loss or gradient
+    (FloatingPointError)."""
     _require(not isinstance(optimizer, torch.optim.LBFGS), f"{method}: LBFGS calls closure() by "
              "itself, several times a step; expected an optimizer that steps along a gradient")
     groups = [_parameters(optimizer), *others]
@@ -326,7 +332,7 @@ def _one_pass(method, closure, optimizer, *others):
             raise ValueError(f"{method}: closure() left none of {len(group)} parameters ({frozen} "
                              "of them frozen) a gradient; expected it to call backward(), an "
                              "optimizer made after add_lora, and no reentrant checkpointing")
-    norm = _gradient_norm(params)
+    norm = global_norm(p.grad for p in params if p.grad is not None)
     if not torch.isfinite(loss.detach().to(norm.device) + norm):    # the one wait for the device
         raise FloatingPointError(f"{method}, {_step_number(optimizer)}: the loss is {loss.item()}, "
                                  f"the gradient's norm {norm.item()}; the optimizer has not moved")
@@ -335,9 +341,17 @@ def _one_pass(method, closure, optimizer, *others):
 def _parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
-def _gradient_norm(params):
-    """Global norm of the gradients there are, 0-dim, in float32 at least."""
-    return nn.utils.get_total_norm([_wide(p.grad) for p in params if p.grad is not None])
+def global_norm(tensors):
+    """Frobenius norm of all tensors together, 0-dim, in float32 at least."""
+    return nn.utils.get_total_norm([_wide(t) for t in tensors])
+
+@torch.no_grad()
+def scaled(tensors, length):
+    """A list of the tensors, all times one factor, so that their global norm is `length`; in
+    float32 at least.  Zeros stay zeros."""
+    norm = global_norm(tensors)
+    factor = torch.where(norm > 0, length / norm, 0.0)
+    return [_wide(t) * factor.to(t.device) for t in tensors]
 
 def _step_number(optimizer):
     counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
@@ -346,19 +360,19 @@ def _step_number(optimizer):
     return f"step {max(counts, default=0) + 1}"
 
 @contextlib.contextmanager
-def _perturbed(params, rho):
-    """w + rho g / ||g|| inside, with the g that params hold; w bit for bit afterwards."""
-    backup = {p: p.detach().clone() for p in params if p.grad is not None}
-    norm = _gradient_norm(backup)
-    factor = torch.where(norm > 0, rho / norm, 0.0)
+def perturbed(params, eps):
+    """w + eps inside, for each parameter w and its own eps; w bit for bit afterwards, also after an
+    exception."""
+    backup = [p.detach().clone() for p in params]
     try:
         with torch.no_grad():
-            for p in backup:
-                p.copy_(_wide(p).addcmul_(_wide(p.grad), factor.to(p.device)))
+            for p, e in zip(params, eps, strict=True):
+                p.add_(e)  # rounded once, where e is wider than p
+        del eps  # its memory is free while w + eps is used
         yield
     finally:
         with torch.no_grad():
-            for p, w in backup.items():
+            for p, w in zip(params, backup, strict=True):
                 p.copy_(w)
         torch.clear_autocast_cache()
 

@@ -37,9 +37,6 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -549,6 +546,9 @@ def talk(operation, *arguments):
 def shard(model, device):
     """Deal the frozen weights of each block out to all processes (FSDP2): a block gathers its own
     while it computes.  What is trained stays whole in every process."""
+    from torch.distributed.device_mesh import init_device_mesh  # here, as it takes a second
+    from torch.distributed.fsdp import fully_shard
+
     trained = {p for p in model.parameters() if p.requires_grad}
     require(len(trained) < len(list(model.parameters())), "--fsdp deals out frozen weights; here "
             "all are trained")
@@ -891,6 +891,8 @@ def print_table(report):
 def draw_curves(results, path, majority=()):
     """Training loss and first metric over the epochs, a line a method, a band of one standard error
     over the seeds; dotted: the score of the most frequent label."""
+    from matplotlib.figure import Figure  # here, as processes that train do not draw
+
     metric, seeds = next(iter(results[0]["metrics"])), {run["seed"] for run in results}
     height = max(3.2, 0.25 * len({run["method"] for run in results}))
     figure = Figure(figsize=(9, height), layout="constrained")

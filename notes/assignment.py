@@ -70,13 +70,13 @@ TASKS = {
     "lora_step": Task(
         "bilora.py", ("lora_step",), "(2)",
         "One step of LoRA.  It is the pattern for the next ones.",
-        ("`_one_pass` runs the closure on fresh gradients, and returns the loss.",),
+        ("`one_pass` runs the closure on fresh gradients, and returns the loss.",),
         ("test_steps.py::test_lora_step_eq_2",)),
     "lora_sam_step": Task(
-        "bilora.py", ("lora_sam_step", "_perturbed"), "(3), (4)",
+        "bilora.py", ("lora_sam_step", "perturbed", "scaled"), "(3), (4)",
         "Two passes on one batch: up by rho g / F, the gradient there, and back to the weights as "
         "they were, bit for bit.  Then a step of the optimizer.",
-        ("`_perturbed` is a context manager: w + eps inside, w afterwards, exception or not.",
+        ("`perturbed` is a context manager: w + eps inside, w afterwards, exception or not.",
          "w + eps - eps is not w in floating point: keep a copy.",
          "Both passes draw the same dropout masks: fork the random stream around the first one.",
          "One norm over all parameters; where it is zero nothing moves."),
@@ -105,7 +105,7 @@ TASKS = {
         "bilora.py", ("bilora_step",), "(8), (9), (10)",
         "One pass gives both gradients; the primary pair descends, the auxiliary one ascends, and "
         "the clip follows.",
-        ("`_one_pass` takes further groups of parameters that have to get a gradient.",
+        ("`one_pass` takes further groups of parameters that have to get a gradient.",
          "`ascent` has maximize=True: its step() already goes uphill.",
          "All right-hand sides of (9) are those of one step: take no gradient anew."),
         ("test_steps.py::test_bilora_step_eq_9_10",

@@ -13,6 +13,8 @@ import math
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bilora import perturbed, scaled
+
 
 def inner(a, b):
     """<a, b> over two lists of tensors, a float, summed in float64."""
@@ -27,27 +29,6 @@ def cosine(a, b):
     """<a, b> / (||a|| ||b||), or None where one of them is zero."""
     size = norm(a) * norm(b)
     return inner(a, b) / size if size > 0 else None
-
-
-def scaled(a, length):
-    """a, scaled to ||a|| = length; zero stays zero."""
-    size = norm(a)
-    return [x * (length / size if size > 0 else 0.0) for x in a]
-
-
-@contextlib.contextmanager
-def moved(params, direction, alpha=1.0):
-    """w + alpha d inside, w bit for bit afterwards."""
-    backup = [p.detach().clone() for p in params]
-    try:
-        with torch.no_grad():
-            for p, d in zip(params, direction, strict=True):
-                p.add_(d, alpha=alpha)
-        yield
-    finally:
-        with torch.no_grad():
-            for p, w in zip(params, backup):
-                p.copy_(w)
 
 
 @contextlib.contextmanager
@@ -98,7 +79,7 @@ def landscape(losses, params, direction, alphas):
     """[L(w + alpha d)] for each alpha."""
     values = []
     for alpha in alphas:
-        with moved(params, direction, alpha):
+        with perturbed(params, [alpha * d for d in direction]):
             values.append(loss_of(losses))
     return values
 
@@ -107,7 +88,7 @@ def contour(losses, params, one, two, alphas):
     """L(w + a one + b two): a list for each b of the values for each a."""
     rows = []
     for b in alphas:
-        with moved(params, two, b):
+        with perturbed(params, [b * d for d in two]):
             rows.append(landscape(losses, params, one, alphas))
     return rows
 
@@ -122,12 +103,12 @@ def worst_case(losses, params, rho, steps=5):
     """
     best, start, eps = 0.0, loss_of(losses), [torch.zeros_like(p) for p in params]
     for step in range(steps):
-        with moved(params, eps):
+        with perturbed(params, eps):
             _, g = gradient(losses, params)
         eps = [e + d for e, d in zip(eps, scaled(g, rho if step == 0 else 2 * rho / steps))]
         if norm(eps) > rho:
             eps = scaled(eps, rho)
-        with moved(params, eps):
+        with perturbed(params, eps):
             best = max(best, loss_of(losses) - start)
     return best
 

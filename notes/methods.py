@@ -30,16 +30,14 @@ from argparse import RawDescriptionHelpFormatter
 from functools import partial
 
 import torch
-from torch.nn.utils import get_total_norm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import train_glue  # noqa: E402
 import train_gsm8k  # noqa: E402
-from bilora import (LoRALinear, _one_pass, _parameters, _perturbed_layers,  # noqa: E402
-                    _require_radius, _targeted, _wide, auxiliary_parameters, bilora_step,
-                    clip_perturbation_, lora_sam_step, lora_step, perturbation_norm,
-                    primary_parameters)
-from measures import moved  # noqa: E402
+from bilora import (LoRALinear, _parameters, _perturbed_layers, _require_radius,  # noqa: E402
+                    _targeted, _wide, auxiliary_parameters, bilora_step, clip_perturbation_,
+                    global_norm, lora_sam_step, lora_step, one_pass, perturbation_norm, perturbed,
+                    primary_parameters, scaled)
 from quantized import NF4Linear  # noqa: E402
 from train_glue import (METHODS, OPTIONS, SHARE, Method, Parser, number,  # noqa: E402
                         trained_tensors)
@@ -82,7 +80,7 @@ def bilora_power_step(descent, closure, layers, rho, momentum=0.5):
     auxiliary = [p for layer in layers for p in (layer.aux_B, layer.aux_A)]
     if not set(auxiliary).isdisjoint(_parameters(descent)):
         raise ValueError("descent holds auxiliary parameters; the power rule turns them itself")
-    loss = _one_pass("Bi-LoRA, power rule", closure, descent, auxiliary)  # at W + s B2 A2
+    loss = one_pass("Bi-LoRA, power rule", closure, descent, auxiliary)  # at W + s B2 A2
     turn_perturbation_(layers, rho, momentum)                  # not the paper's ascent and clip
     descent.step()                                             # (9) B1 and A1
     return loss
@@ -117,7 +115,7 @@ def turn_perturbation_(layers, rho, momentum=0.5):
 def _blend(old, new, momentum):
     """momentum old / ||old|| + (1 - momentum) new / ||new||, the norms over a whole list; old alone
     where new is zero."""
-    norms = [get_total_norm(tensors) for tensors in (old, new)]
+    norms = [global_norm(tensors) for tensors in (old, new)]
     smallest, moved = torch.finfo(norms[0].dtype).tiny, norms[1] > 0
     a, b = (1 / norm.clamp(min=smallest) for norm in norms)
     a, b = torch.where(moved, momentum * a, a), torch.where(moved, (1 - momentum) * b, 0.0)
@@ -159,9 +157,6 @@ def require_whole(tensors):
 
 def gradients(params):
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
-
-def norm_of(tensors):
-    return get_total_norm([_wide(t) for t in tensors])
 
 def still(run):
     """No ascent: a step without gradients moves nothing, and its schedule expects the call."""
@@ -219,10 +214,10 @@ def flat_lora(run, closure):
             W = layer.merged_weight()
             stds.append(f * run.rho * W.norm(dim=1, keepdim=True) / math.sqrt(W.shape[1]))
     eps = noise(run, weights, stds)
-    with moved(weights, eps):
-        loss = _one_pass("Flat-LoRA", closure, run.descent)
+    with perturbed(weights, eps):
+        loss = one_pass("Flat-LoRA", closure, run.descent)
     run.descent.step()
-    return {"loss": loss, "perturbation": norm_of(eps)}
+    return {"loss": loss, "perturbation": global_norm(eps)}
 
 def rwp_full(run, closure):
     """RWP: the gradient at W + N(0, rho^2), the noise over every entry of the adapted W."""
@@ -234,10 +229,10 @@ def rwp_lora(run, closure):
 
 def random_perturbation(run, closure, tensors):
     eps = noise(run, tensors, [run.rho] * len(tensors))
-    with moved(tensors, eps):
-        loss = _one_pass("RWP", closure, run.descent)
+    with perturbed(tensors, eps):
+        loss = one_pass("RWP", closure, run.descent)
     run.descent.step()
-    return {"loss": loss, "perturbation": norm_of(eps)}
+    return {"loss": loss, "perturbation": global_norm(eps)}
 
 def rop(run, closure):
     """Random output perturbation: rho N(0, 1) is added to the logits, in training alone."""
@@ -251,13 +246,12 @@ def s2sam(run, closure):
     """S2SAM: the gradient at w + rho g / ||g|| with the g of the step before.  One pass."""
     params = primary_parameters(run.model)
     old = run.state.get("previous", [torch.zeros_like(p) for p in params])
-    size = norm_of(old)
-    factor = torch.where(size > 0, run.rho / size, 0.0)
-    with moved(params, [factor * g.to(p) for g, p in zip(old, params)]):
-        loss = _one_pass("S2SAM", closure, run.descent)
+    eps = scaled([g.to(p) for g, p in zip(old, params)], run.rho)
+    with perturbed(params, eps):
+        loss = one_pass("S2SAM", closure, run.descent)
     run.state["previous"] = gradients(params)
     run.descent.step()
-    return {"loss": loss, "perturbation": factor * size}
+    return {"loss": loss, "perturbation": global_norm(eps)}
 
 
 # ------------------------------------------------------------------------- relatives of SAM
@@ -273,8 +267,8 @@ def looksam(run, closure, every=5, alpha=0.7):
         share = inner(gs, g) / inner(g, g).clamp(min=TINY)
         run.state["gv"] = [b - share * a for a, b in zip(g, gs)]
         return {"loss": loss, "perturbation": run.rho}
-    loss, gv = _one_pass("LookSAM", closure, run.descent), run.state["gv"]
-    factor = alpha * norm_of(gradients(params)) / norm_of(gv).clamp(min=TINY)
+    loss, gv = one_pass("LookSAM", closure, run.descent), run.state["gv"]
+    factor = alpha * global_norm(gradients(params)) / global_norm(gv).clamp(min=TINY)
     for p, v in zip(params, gv):
         if p.grad is not None:
             p.grad.add_(v.to(p) * factor)
@@ -349,7 +343,7 @@ def bar(run, closure, larger_gradient, alpha=0.25):
     """oBAR and nBAR: before the step one factor of each pair is multiplied by 1 + alpha eta1, the
     other one by 1 - alpha eta1.  Up goes A1 where ||A1|| < ||B1|| (oBAR: the smaller factor), or
     where ||dL/dA1|| >= ||dL/dB1|| (nBAR: the larger gradient)."""
-    loss = _one_pass("BAR", closure, run.descent)
+    loss = one_pass("BAR", closure, run.descent)
     change = alpha * run.descent.param_groups[0]["lr"]
     with torch.no_grad():
         for layer in run.layers:
@@ -496,7 +490,7 @@ def draw_pairs_(run, rho):
         p.mul_(factor)
 
 def at_the_pair(run, closure):
-    loss = _one_pass("noise", closure, run.descent)
+    loss = one_pass("noise", closure, run.descent)
     run.descent.step()
     still(run)
     return {"loss": loss, "perturbation": perturbation_norm(run.layers)}

@@ -58,25 +58,26 @@ MISTAKES = {
     "the optimizer does not step": Mistake(
         "lora_step", "# g = dL/dw at w, (2)\n    optimizer.step()", "\n"),
     "step before the pass": Mistake(
-        "lora_step", '    loss = _one_pass("LoRA", closure, optimizer) ',
-        '    optimizer.step()\n    loss = _one_pass("LoRA", closure, optimizer) '),
+        "lora_step", '    loss = one_pass("LoRA", closure, optimizer) ',
+        '    optimizer.step()\n    loss = one_pass("LoRA", closure, optimizer) '),
     "gradients not zeroed": Mistake("lora_step", "        p.grad = None", "        pass"),
     "two steps": Mistake("lora_step", "# g = dL/dw at w, (2)\n", "\n    optimizer.step()\n"),
-    "downhill": Mistake("lora_sam_step", "rho / norm, 0.0", "-rho / norm, 0.0"),
-    "rho squared": Mistake("lora_sam_step", "rho / norm, 0.0", "rho**2 / norm, 0.0"),
-    "not normalised": Mistake("lora_sam_step", "rho / norm, 0.0", "rho, 0.0"),
-    "normalised twice": Mistake("lora_sam_step", "rho / norm, 0.0", "rho / norm**2, 0.0"),
+    "downhill": Mistake("lora_sam_step", "length / norm, 0.0", "-length / norm, 0.0"),
+    "rho squared": Mistake("lora_sam_step", "for p in moving], rho)", "for p in moving], rho**2)"),
+    "not normalised": Mistake("lora_sam_step", "length / norm, 0.0", "length, 0.0"),
+    "normalised twice": Mistake("lora_sam_step", "length / norm, 0.0", "length / norm**2, 0.0"),
     "a norm per parameter": Mistake(
-        "lora_sam_step", "addcmul_(_wide(p.grad), factor.to(p.device))",
-        "addcmul_(_wide(p.grad), rho / p.grad.norm())"),
-    "zero over zero": Mistake("lora_sam_step", "torch.where(norm > 0, rho / norm, 0.0)",
-                              "rho / norm"),
-    "no restore": Mistake("lora_sam_step", "            for p, w in backup.items():\n",
+        "lora_sam_step", "return [_wide(t) * factor.to(t.device) for t in tensors]",
+        "return [_wide(t) * length / t.norm() for t in tensors]"),
+    "zero over zero": Mistake("lora_sam_step", "torch.where(norm > 0, length / norm, 0.0)",
+                              "length / norm"),
+    "no restore": Mistake("lora_sam_step", "            for p, w in zip(params, backup, strict=True):\n",
                           "            for p, w in ():\n"),
-    "half of the weights restored": Mistake("lora_sam_step", "for p, w in backup.items():",
-                                            "for p, w in list(backup.items())[::2]:"),
-    "the copy is a view": Mistake("lora_sam_step", "backup = {p: p.detach().clone() for",
-                                  "backup = {p: p.detach() for"),
+    "half of the weights restored": Mistake(
+        "lora_sam_step", "for p, w in zip(params, backup, strict=True):",
+        "for p, w in list(zip(params, backup))[::2]:"),
+    "the copy is a view": Mistake("lora_sam_step", "backup = [p.detach().clone() for",
+                                  "backup = [p.detach() for"),
     "no restore after an exception": Mistake(
         "lora_sam_step", "    finally:\n",
         "    except ZeroDivisionError:\n        pass\n    else:\n"),
@@ -84,7 +85,7 @@ MISTAKES = {
         "lora_sam_step", "with torch.random.fork_rng({p.device for p in params if p.is_cuda}):",
         "with contextlib.nullcontext():"),
     "the second pass is skipped": Mistake(
-        "lora_sam_step", '        _one_pass("LoRA-SAM, pass 2", closure, optimizer, params) ',
+        "lora_sam_step", '        one_pass("LoRA-SAM, pass 2", closure, optimizer, params) ',
         "        pass"),
     "step at the perturbed weights": Mistake(
         "lora_sam_step", "# dL/dw at w + eps\n    optimizer.step()",
@@ -93,8 +94,8 @@ MISTAKES = {
         "lora_sam_step", "_parameters(optimizer) if params is None else params",
         "_parameters(optimizer)"),
     "the second loss": Mistake(
-        "lora_sam_step", '        _one_pass("LoRA-SAM, pass 2"',
-        '        loss = _one_pass("LoRA-SAM, pass 2"'),
+        "lora_sam_step", '        one_pass("LoRA-SAM, pass 2"',
+        '        loss = one_pass("LoRA-SAM, pass 2"'),
     # the norm and the clip
     "c with s": Mistake("perturbation_norm", "(A @ A.t())).sum().to(device)",
                         "(A @ A.t())).sum().to(device) * layer.scale**2"),
@@ -138,7 +139,7 @@ MISTAKES = {
                                       "    clip(layers, rho); ascent.step(); return loss "),
     "the gradient taken anew": Mistake(
         "bilora_step", "    ascent.step() ",
-        '    _one_pass("Bi-LoRA", closure, descent, *pairs); ascent.step() '),
+        '    one_pass("Bi-LoRA", closure, descent, *pairs); ascent.step() '),
     "eval mode goes unnoticed": Mistake(
         "bilora_step", "_require(all(x.training for x in layers)", "_require(all([True])"),
     # after training

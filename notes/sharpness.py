@@ -41,10 +41,10 @@ from tqdm import tqdm
 import methods
 import train_glue
 import train_gsm8k
-from bilora import load_adapter, lora_layers, primary_parameters
+from bilora import load_adapter, lora_layers, perturbed, primary_parameters, scaled
 from measures import (best_rank_energy, contour, cosine, effective_rank, filter_normalised,
-                      gradient, landscape, lora_sam_terms, loss_of, low_rank_cosine, moved, norm,
-                      reachable_energy, scaled, top_eigenvalue, worst_case)
+                      gradient, landscape, lora_sam_terms, loss_of, low_rank_cosine, norm,
+                      reachable_energy, top_eigenvalue, worst_case)
 from model import read_json, read_safetensors, write_text
 from pictures import DRAWINGS, LAGS
 from tables import SPACES, all_tables, tables
@@ -381,7 +381,7 @@ def measure_b(run, options):
         params, _ = run.space(space)
         direction, rows = scaled(gradient(losses, params)[1], 1.0), []
         for alpha in options.alphas:
-            with moved(params, direction, alpha):
+            with perturbed(params, [alpha * d for d in direction]):
                 rows.append({"loss": loss_of(losses), **run.scores(sets)})
         result[space] = {"alphas": options.alphas, **columns(rows)}
     return result
@@ -486,9 +486,9 @@ def with_gradient(losses, weights):
 
 def gain(losses, weights, eps, G, before):
     """L(W + eps) - L(W) over the same of SAM's perturbation, ||eps|| G / ||G||."""
-    with moved(weights, eps):
+    with perturbed(weights, eps):
         ours = loss_of(losses) - before
-    with moved(weights, scaled(G, norm(eps))):
+    with perturbed(weights, scaled(G, norm(eps))):
         return ours / (loss_of(losses) - before)
 
 

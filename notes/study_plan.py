@@ -12,8 +12,7 @@ import torch.nn.functional as F
 import methods
 import train_glue
 import train_gsm8k
-from bilora import _one_pass, lora_sam_step, primary_parameters
-from measures import moved
+from bilora import lora_sam_step, one_pass, perturbed, primary_parameters, scaled
 from train_glue import SETTINGS, TASKS, Method, logits_of
 
 TUNING_SEEDS = (100, 101, 102)
@@ -33,13 +32,13 @@ def label_smoothing(run, closure):
             loss = F.cross_entropy(logits, labels, label_smoothing=run.rho)
         loss.backward()
         return loss
-    loss = _one_pass("label smoothing", smoothed, run.descent)
+    loss = one_pass("label smoothing", smoothed, run.descent)
     run.descent.step()
     return {"loss": loss}
 
 def head_decay(run, closure):
     """AdamW's decoupled weight decay rho, on the head alone."""
-    loss = _one_pass("head decay", closure, run.descent)
+    loss = one_pass("head decay", closure, run.descent)
     with torch.no_grad():
         for p in run.model.classifier.parameters():
             p.mul_(1 - run.descent.param_groups[0]["lr"] * run.rho)
@@ -50,9 +49,8 @@ def rwp_norm(run, closure):
     """RWP on B1 and A1 with noise of norm rho."""
     params = primary_parameters(run.model)
     z = methods.noise(run, params, [1.0] * len(params))
-    factor = run.rho / methods.norm_of(z)
-    with moved(params, [factor * t for t in z]):
-        loss = _one_pass("RWP", closure, run.descent)
+    with perturbed(params, scaled(z, run.rho)):
+        loss = one_pass("RWP", closure, run.descent)
     run.descent.step()
     return {"loss": loss, "perturbation": run.rho}
 

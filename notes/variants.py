@@ -22,7 +22,7 @@ import math
 import torch
 import torch.nn as nn
 
-from bilora import LoRALinear, _one_pass, _whole, _wide
+from bilora import LoRALinear, _whole, _wide, one_pass
 
 
 class VariantLinear(LoRALinear):
@@ -143,7 +143,7 @@ def lora_ga_(layers, closure, gamma=16):
         W.requires_grad_(True)
     try:
         with torch.random.fork_rng({W.device for W in weights if W.is_cuda}):
-            _one_pass("LoRA-GA", closure, torch.optim.SGD(weights, lr=0.0))
+            one_pass("LoRA-GA", closure, torch.optim.SGD(weights, lr=0.0))
         if any(W.grad is None for W in weights):
             raise ValueError("LoRA-GA: the loss does not depend on every adapted layer")
         for layer in layers:

@@ -20,6 +20,7 @@ from model import (read_json, read_safetensors, write_safetensors,  # noqa: E402
 
 DEMOS = ((train_glue.TASKS["demo"].settings, {"train.tsv": 200, "dev.tsv": 30}),
          (train_gsm8k.TASKS["demo"], {"train.jsonl": 40, "test.jsonl": 10}))
+DRAW = train_glue.draw_curves
 TICKS = ("xtick.bottom", "xtick.labelbottom", "ytick.left", "ytick.labelleft")
 
 
@@ -65,6 +66,18 @@ def small_demos(small_folders):
 def pictures_without_ticks():
     """Ticks and their labels take two thirds of a picture's time; `ticks` draws them again."""
     with matplotlib.rc_context(dict.fromkeys(TICKS, False)):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_of_runs_are_short():
+    """A run's picture takes longer than its steps do here: a file without a drawing stands for it.
+    `DRAW` is the real function."""
+    def stand_in(results, path, majority=()):
+        with open(path, "wb") as file:
+            file.write(b"no picture")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_glue, "draw_curves", stand_in)
         yield
 
 

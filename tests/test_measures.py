@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bilora import lora_layers, primary_parameters
+from bilora import lora_layers, perturbed, primary_parameters, scaled
 from test_propositions import best_of_rank
 from test_steps import (LAYERS, adapted, assert_close, assert_same_bits, close, plain_gradients,
                         plain_loss, snapshot)
@@ -52,16 +52,15 @@ def test_inner_products_and_lengths():
     assert measures.inner(a, b) == pytest.approx((flat(a) @ flat(b)).item(), rel=1e-5)
     assert measures.cosine(a, b) == pytest.approx(
         F.cosine_similarity(flat(a), flat(b), dim=0).item(), rel=1e-5)
-    assert measures.norm(measures.scaled(a, 3.0)) == pytest.approx(3.0, rel=1e-6)
+    assert measures.norm(scaled(a, 3.0)) == pytest.approx(3.0, rel=1e-6)
     zero = [torch.zeros_like(x) for x in a]
-    assert measures.cosine(a, zero) is None and measures.norm(measures.scaled(zero, 3.0)) == 0
+    assert measures.cosine(a, zero) is None and measures.norm(scaled(zero, 3.0)) == 0
 
 
 def test_weights_come_back_bit_for_bit_also_after_an_exception(batch):
     net = adapted().float()
     before, params = snapshot(net), primary_parameters(net)
-    with pytest.raises(KeyError), measures.moved(params, [torch.randn_like(p) for p in params],
-                                                 1e5):
+    with pytest.raises(KeyError), perturbed(params, [1e5 * torch.randn_like(p) for p in params]):
         assert not torch.equal(params[0], before["first.lora_B"])
         raise KeyError
     assert_same_bits(net, before)

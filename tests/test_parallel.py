@@ -135,7 +135,6 @@ def in_float64(*argv):
     """A command of notes/methods.py whose models and losses are of float64."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        patch.setattr(train_glue, "draw_curves", lambda *what: None)
         for name, method in METHODS.items():
             setup = partial(doubled, method.setup)
             patch.setitem(METHODS, name, method._replace(setup=setup))

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilora
 from bilora import (LoRALinear, add_lora, auxiliary_parameters, bilora_optimizers, bilora_step,
-                    clip_perturbation_,
-                    lora_layers, lora_sam_step, lora_step, perturbation_norm, primary_parameters)
+                    clip_perturbation_, lora_layers, lora_sam_step, lora_step,
+                    one_pass, perturbation_norm, perturbed, primary_parameters, scaled)
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
 from methods import bilora_power_step  # noqa: E402
@@ -1100,13 +1100,53 @@ def test_micro_batches_equal_one_batch(batch, method):
         assert_close(p, q, name, rtol=1e-6, atol=1e-12)
 
 
+def test_a_list_is_scaled_by_one_factor():
+    """3, 4 and 12 have the norm 13; half precision is added up in float32."""
+    found = scaled([torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])], 26)
+    assert [t.tolist() for t in found] == [[6.0, 8.0], [[24.0]]]
+    many = [torch.full((1000,), 300.0, dtype=torch.bfloat16)] * 40
+    assert bilora.global_norm(many).item() == pytest.approx(60000, rel=1e-5)
+    assert scaled(many, 1.0)[0].dtype == torch.float32
+    assert [t.tolist() for t in scaled([torch.zeros(2)], 1.0)] == [[0.0, 0.0]]
+
+
+def test_perturbed_rounds_once_and_restores_whatever_happens():
+    """Oracle: the sum in float32, rounded by torch."""
+    torch.manual_seed(0)
+    weights = [torch.randn(50).bfloat16(), torch.randn(3, dtype=torch.float64)]
+    before, eps = [w.clone() for w in weights], [0.01 * torch.randn(50), torch.ones(3)]
+    with perturbed(weights, iter(eps)):
+        assert torch.equal(weights[0], (before[0].float() + eps[0]).bfloat16())
+        assert torch.equal(weights[1], before[1] + 1)
+    for wrong in ([eps[0], torch.ones(4)], eps[:1], [*eps, eps[0]]):
+        with pytest.raises((ValueError, RuntimeError)), perturbed(weights, wrong):
+            pass
+        assert all(torch.equal(w, b) for w, b in zip(weights, before))
+
+
+def test_a_pass_of_your_own():
+    """It returns the loss without a graph, and every list has to get a gradient."""
+    w, v = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+
+    def closure():
+        loss = (w * torch.tensor([3.0, 4.0])).sum()
+        loss.backward()
+        return loss
+    for _ in range(2):
+        loss = one_pass("mine", closure, optimizer)
+        assert loss.item() == 7 and not loss.requires_grad and w.grad.tolist() == [3, 4]
+    with pytest.raises(ValueError, match=r"^mine: closure\(\) left none of 1 parameters"):
+        one_pass("mine", closure, optimizer, [v])
+
+
 def test_a_star_brings_the_public_functions_alone():
     """Every function and class of the module without an underscore, and nothing else."""
     found = {}
     exec("from bilora import *", found)
     public = {name for name, value in vars(bilora).items()
               if getattr(value, "__module__", None) == "bilora" and not name.startswith("_")}
-    assert found.keys() - {"__builtins__"} == public and len(public) == 14
+    assert found.keys() - {"__builtins__"} == public and len(public) == 18
 
 
 def test_the_module_prints_nothing_and_imports_only_torch():

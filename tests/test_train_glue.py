@@ -22,11 +22,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import model as model_file
 import train_glue
 from bilora import add_lora, bilora_step, load_adapter
+from conftest import DRAW
 from model import Transformer, read_safetensors
 from test_model import BERT, bert, write_checkpoint
 from train_glue import (METHODS, TASKS, Method, cosine_schedule, encode, forward_backward, main,
@@ -265,17 +267,17 @@ def test_curves(tmp_path, monkeypatch):
     """A line for each method: the mean over its seeds, and a band of one standard error."""
     figures = []
 
-    class Noted(train_glue.Figure):
+    class Noted(Figure):
         def __init__(self, **settings):
             super().__init__(**settings)
             figures.append(self)
 
-    monkeypatch.setattr(train_glue, "Figure", Noted)
+    monkeypatch.setattr("matplotlib.figure.Figure", Noted)
     runs = [{"method": method, "config": {"task": "mrpc"}, "seed": seed, "metrics": {"f1": 0},
              "epochs": [{"epoch": epoch, "loss": seed + epoch, "f1": 0.1 * epoch}
                         for epoch in (1, 2)]}
             for method in ("bi-lora", "lora") for seed in (0, 1, 5)]
-    train_glue.draw_curves(runs, str(tmp_path / "curves.png"), {"f1": 0.3})
+    DRAW(runs, str(tmp_path / "curves.png"), {"f1": 0.3})
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     loss, f1 = figures[0].axes
     assert (loss.get_ylabel(), f1.get_ylabel(), f1.get_xlabel()) == ("training loss", "f1", "epoch")
@@ -335,6 +337,7 @@ def compared(tmp_path_factory):
     folder, printed = make_glue_folder(tmp_path_factory.mktemp("compared")), []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(train_glue, "draw_curves", DRAW)
         patch.setattr(train_glue, "print", lambda text: printed.append(text), raising=False)
         report = main([*COMPARED, "--jobs", "1"])
     return folder, "\n".join(printed), report
