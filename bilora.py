@@ -34,7 +34,8 @@ import torch.nn.functional as F
 
 __all__ = ["LoRALinear", "add_lora", "lora_layers", "primary_parameters", "auxiliary_parameters",
            "perturbation_norm", "clip_perturbation_", "lora_step", "lora_sam_step", "bilora_step",
-           "one_pass", "perturbed", "scaled", "global_norm", "bilora_optimizers", "merge_lora_", "save_adapter", "load_adapter"]
+           "one_pass", "perturbed", "scaled", "global_norm", "bilora_optimizers", "merge_lora_",
+           "save_adapter", "load_adapter"]
 
 
 def _require(condition, message):

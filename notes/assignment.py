@@ -15,6 +15,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -294,11 +295,15 @@ def name_of(case):
     return f"{case.get('classname').split('.')[-1]}.py::{case.get('name').split('[')[0]}"
 
 def message_of(case):
-    """Its name, and the first line of what it says; of a file with an error the error."""
+    """Its name, the first line of what it says, and the place where an error arose outside of the
+    tests; of a file with an error the error."""
     lines = (case[0].get("message") or "").strip().splitlines()
     if lines[:1] == ["collection failure"]:
         return last_error(case[0].text)
-    return f"{name_of(case)}: {lines[0] if lines else case[0].tag}"
+    places = re.findall(r"^(\S+\.py:\d+): ", case[0].text or "", re.MULTILINE)
+    own = [place for place in places if not place.startswith(("/", "tests"))]
+    where = f" ({own[-1]})" if own and not places[-1].startswith("tests") else ""
+    return f"{name_of(case)}: {lines[0] if lines else case[0].tag}{where}"
 
 def report_of(found):
     for name, (passed, count, messages) in found.items():

@@ -71,8 +71,8 @@ MISTAKES = {
         "return [_wide(t) * length / t.norm() for t in tensors]"),
     "zero over zero": Mistake("lora_sam_step", "torch.where(norm > 0, length / norm, 0.0)",
                               "length / norm"),
-    "no restore": Mistake("lora_sam_step", "            for p, w in zip(params, backup, strict=True):\n",
-                          "            for p, w in ():\n"),
+    "no restore": Mistake("lora_sam_step", "for p, w in zip(params, backup, strict=True):",
+                          "for p, w in ():"),
     "half of the weights restored": Mistake(
         "lora_sam_step", "for p, w in zip(params, backup, strict=True):",
         "for p, w in list(zip(params, backup))[::2]:"),

@@ -66,9 +66,10 @@ def test_every_grading_test_exists_and_names_a_task_once():
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy with three blanks; the first is written again, the second wrongly."""
+    """A copy with four blanks; the first is written again, the second and the last wrongly."""
     folder = tmp_path_factory.mktemp("student") / "copy"
-    assignment.main([str(folder), "--blank", "lora_step", "clip_perturbation_", "merge_lora_"])
+    assignment.main([str(folder), "--blank", "lora_step", "clip_perturbation_", "merge_lora_",
+                     "filter_normalised"])
     return folder
 
 
@@ -76,16 +77,21 @@ def test_the_check_says_what_is_done_wrong_and_not_begun(copy, capsys):
     assert not {"solutions.md", "mistakes.py"} & set(os.listdir(copy / "notes"))
     sheet = read(copy, "SHEET.md")
     assert [line for line in sheet.splitlines() if line.startswith("## ")] == [
-        "## lora_step", "## clip_perturbation_", "## merge_lora_"]
+        "## lora_step", "## clip_perturbation_", "## merge_lora_", "## filter_normalised"]
     source, path = read(PROJECT, "bilora.py"), copy / "bilora.py"
     wrong = source.replace("torch.sqrt(rho / c), 1.0", "rho / c, 1.0")
     path.write_text(assignment.blanked(wrong, "merge_lora_", TASKS["merge_lora_"].functions))
     (copy / "tests/test_steps.py").write_text("")  # a student's own tests grade nothing
+    wrong = read(PROJECT, "notes", "measures.py").replace("torch.randn(w.", "torch.rand_(w.")
+    (copy / "notes/measures.py").write_text(wrong)
+    line = 1 + wrong[:wrong.index("torch.rand_(")].count("\n")
     found = assignment.check(copy)
     assert found["lora_step"][:2] == (1, 1) and found["merge_lora_"][0] == 0
     passed, count, (message,) = found["clip_perturbation_"]
     assert passed < count and message.startswith("test_steps.py::test_clip_is_global")
     assert "Eq. (10), all B2 A2 at rho = c / 7: off by up to " in message
+    (message,) = found["filter_normalised"][2]
+    assert "AttributeError" in message and message.endswith(f"(notes/measures.py:{line})")
     assignment.report_of(found)
     printed = capsys.readouterr().out
     assert "lora_step: done; all 1 tests pass" in printed
