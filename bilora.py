@@ -309,7 +309,8 @@ def bilora_step(descent, ascent, closure, layers, rho, clip=clip_perturbation_):
     clip(layers, rho)                                               # (10)
     return loss
 
-# What steps are made of, for a step of your own: a pass, a perturbation, norms.
+
+# ------------------------------------------------- what steps are made of, also one of your own
 
 def one_pass(method, closure, optimizer, *others):
     """Run the closure on fresh gradients, check what it leaves, and return the loss, detached.
@@ -354,12 +355,6 @@ def scaled(tensors, length):
     factor = torch.where(norm > 0, length / norm, 0.0)
     return [_wide(t) * factor.to(t.device) for t in tensors]
 
-def _step_number(optimizer):
-    counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
-    if not counts and "betas" not in optimizer.defaults:  # only Adam and its like count
-        return "a step not counted"
-    return f"step {max(counts, default=0) + 1}"
-
 @contextlib.contextmanager
 def perturbed(params, eps):
     """w + eps inside, for each parameter w and its own eps; w bit for bit afterwards, also after an
@@ -376,6 +371,12 @@ def perturbed(params, eps):
             for p, w in zip(params, backup, strict=True):
                 p.copy_(w)
         torch.clear_autocast_cache()
+
+def _step_number(optimizer):
+    counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+    if not counts and "betas" not in optimizer.defaults:  # only Adam and its like count
+        return "a step not counted"
+    return f"step {max(counts, default=0) + 1}"
 
 def _require_game(descent, ascent, layers):
     """ValueError unless the auxiliary pairs of `layers`, all of them and nothing else, ascend."""
