@@ -617,10 +617,12 @@ def test_a_run_that_diverges_counts_as_the_most_frequent_label(folder, monkeypat
 
 def test_processes_see_cells_and_controls(folder, monkeypatch):
     """Two at a time: a process imports the tables anew, and has to find cell and control there."""
-    rows = "".join(f"demo\t{i % 2}\t\tthese {i} teachers\n" for i in range(3100))
+    rows = "".join(f"demo\t{i % 2}\t\tthese {i} teachers\n" for i in range(130))
     (folder / "CoLA").mkdir()
     (folder / "CoLA/train.tsv").write_text(rows)
     (folder / "CoLA/dev.tsv").write_text("demo\t1\t\tships\ndemo\t0\t\tmany doors\n")
+    monkeypatch.setitem(CELLS["cola-2000"].parts, "held", 100)
+    monkeypatch.setitem(CELLS["cola-2000"].parts, "rest", 20)
     monkeypatch.setitem(CELLS["cola-2000"].settings, "limit", 8)
     monkeypatch.setitem(CELLS["cola-2000"].settings, "epochs", 1)
     (folder / "out/cola-2000").mkdir(parents=True)
