@@ -97,6 +97,29 @@ def test_the_step_of_note_4_moves_b_alone():
     assert torch.equal(A, same) and abs((moved - B).norm() - 0.1) < 1e-6
 
 
+def test_the_other_step_of_note_4_moves_a_alone_by_what_is_left_of_rho():
+    """In the third of four steps half of the radius is left; both passes have the same masks."""
+    scope = {**vars(methods), "add": lambda table: scope.update(table)}
+    exec(blocks(read("notes", "4_bilora.md"))[1], scope)
+    layer, seen, masks = bilora.LoRALinear(nn.Linear(4, 3), 2, 4), [], []
+    nn.init.ones_(layer.lora_B)
+
+    def closure():
+        seen.append((layer.lora_B.detach().clone(), layer.lora_A.detach().clone()))
+        masks.append(torch.rand(4))
+        loss = layer(torch.ones(1, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    run = SimpleNamespace(descent=torch.optim.SGD(layer.parameters(), lr=0.1), rho=0.2, steps=4,
+                          layers=[layer], log=[{}, {}])
+    assert scope["sam-on-a"].rho == 0.2
+    logged = scope["sam-on-a"].step(run, closure)
+    (B, A), (same, moved) = seen
+    assert torch.equal(B, same) and abs((moved - A).norm() - 0.1) < 1e-6
+    assert logged["perturbation"] == 0.1 and torch.equal(*masks)
+
+
 def test_the_adapter_of_a_run_predicts(tmp_path, monkeypatch, capsys):
     """On the tiny BERT, with what a run of the script left: the example's merged model gives the
     logits of the adapted one."""
