@@ -30,6 +30,7 @@ TESTS = ("conftest.py", "test_steps.py", "test_propositions.py", "test_adapter.p
          "test_measures.py", "test_power.py", "golden")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "solutions.md", "mistakes.py")
 SHEET, BLANKS = "SHEET.md", "blanks.json"
+LIMIT = 300  # seconds that the tests of a check may take
 
 
 class Task(NamedTuple):
@@ -60,13 +61,16 @@ TASKS = {
         "Freeze the model, put an adapted layer in the place of each chosen linear layer, and "
         "return the list of them.",
         ("`_targeted` chooses among names; `model.set_submodule` replaces a layer.",
-         "Check everything before you change anything, and first that there are no adapters yet.",
+         "Check everything before you change anything, and first that there are no adapters yet: "
+         "a message with the word `already`.  `_require_plain`, `_require_read_by_itself` and "
+         "`_require_ranks` are such checks.",
          "aux_rank changes no primary pair: make those first, then the others by `_new_pair`.",
-         "One linear layer may stand under two names."),
+         "One linear layer may stand under two names: both get the one adapted layer."),
         ("test_steps.py::test_add_lora_freezes_all_but_adapters_and_skips_heads",
          "test_steps.py::test_add_lora_targets",
          "test_steps.py::test_a_failed_add_lora_changes_nothing",
          "test_steps.py::test_add_lora_adapts_a_linear_under_two_names_once",
+         "test_steps.py::test_auxiliary_rank_does_not_change_the_primary_initialisation",
          "test_steps.py::test_add_lora_refuses_a_tied_embedding")),
     "lora_step": Task(
         "bilora.py", ("lora_step",), "(2)",
@@ -78,7 +82,11 @@ TASKS = {
         "Two passes on one batch: up by rho g / F, the gradient there, and back to the weights as "
         "they were, bit for bit.  Then a step of the optimizer.",
         ("`perturbed` is a context manager: w + eps inside, w afterwards, exception or not.",
-         "w + eps - eps is not w in floating point: keep a copy.",
+         "w + eps - eps is not w in floating point: keep a copy.  Add in the wider dtype of the two, "
+         "and round once.",
+         "An autocast region around the step keeps copies of weights: clear its cache.",
+         "The passes are called `LoRA-SAM, pass 1` and `LoRA-SAM, pass 2` in messages.  `one_pass` "
+         "begins each with fresh gradients.",
          "Both passes draw the same dropout masks: fork the random stream around the first one.",
          "One norm over all parameters; where it is zero nothing moves."),
         ("test_steps.py::test_lora_sam_step_eq_4",
@@ -87,7 +95,10 @@ TASKS = {
          "test_steps.py::test_perturbation_does_not_depend_on_the_loss_scale",
          "test_steps.py::test_weights_come_back_bit_for_bit_in_their_own_storage",
          "test_steps.py::test_all_zero_gradient_gives_no_perturbation",
-         "test_steps.py::test_both_passes_draw_the_same_dropout_masks")),
+         "test_steps.py::test_both_passes_draw_the_same_dropout_masks",
+         "test_steps.py::test_a_list_is_scaled_by_one_factor",
+         "test_steps.py::test_perturbed_rounds_once_and_restores_whatever_happens",
+         "test_steps.py::test_perturbation_reaches_a_surrounding_autocast_region")),
     "perturbation_norm": Task(
         "bilora.py", ("perturbation_norm",), "(10)",
         "c, the norm of B2 A2 over all layers, from r2 x r2 matrices alone.",
@@ -118,6 +129,7 @@ TASKS = {
         "bilora.py", ("merge_lora_", "_merged"), "(1)",
         "Put plain linear layers back, with W = W0 + s B1 A1; the auxiliary pair is dropped.",
         ("Add in float32 or wider, and round once.",
+         "The plain layer is frozen, and in the mode of the adapted one.  One may have two names.",
          "Another module may share W0: do not write into it."),
         ("test_adapter.py::test_merge_in_float64", "test_adapter.py::test_merge_rounds_once",
          "test_adapter.py::test_merge_leaves_a_shared_base_weight_alone")),
@@ -159,7 +171,7 @@ def pytest_runtest_makereport(item, call):
     text = str(call.excinfo.value) if call.excinfo else ""
     if report.failed and text.endswith(": yours to write"):
         with open(item.config.rootpath / "blanks.json") as file:
-            graders = json.load(file)[text.split(":")[0]]
+            graders = json.load(file).get(text.split(":")[0], ())
         name = item.nodeid.split("[")[0].removeprefix("tests/")
         if name not in graders:
             report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"needs {text}")
@@ -253,7 +265,8 @@ def check(folder, names=None):
         for file in dict.fromkeys(TASKS[name].file for name in names):
             shutil.copy(os.path.join(folder, file), os.path.join(fresh, file))
         cases = run_tests(fresh, [test for name in names for test in TASKS[name].tests])
-    return {name: grade(cases, TASKS[name].tests) for name in names}
+        return {name: grade(cases, TASKS[name].tests, lines_of(fresh, TASKS[name]))
+                for name in names}
 
 def blanks_of(folder):
     """The tasks of a copy."""
@@ -271,37 +284,61 @@ def run_tests(folder, tests):
     with tempfile.TemporaryDirectory() as place:
         report = os.path.join(place, "report.xml")
         names = dict.fromkeys(f"tests/{test}" for test in tests)
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                               f"--junitxml={report}", *names], cwd=folder, capture_output=True,
-                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                   f"--junitxml={report}", *names]
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                                  timeout=LIMIT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"the tests did not end within {LIMIT} seconds; expected a step "
+                             "without an endless loop") from None
         if not os.path.exists(report):
-            raise ValueError(f"{folder}: the tests could not start: {last_error(done.stderr)}")
+            raise ValueError(f"the tests could not start: {last_error(done.stderr)}")
         return list(ET.parse(report).iter("testcase"))
 
 def last_error(text):
     """The place and the error at the end of what pytest or Python printed."""
+    text = re.sub(r'File "\S*/copy/', 'File "', text)  # the folder of the check is gone
     lines = [line.removeprefix("E").strip() for line in text.splitlines() if line.strip()]
-    return " ".join([*[line for line in lines if line.startswith("File ")][-1:], *lines[-1:]])
+    places = [line for line in lines if line.startswith("File ")]
+    places = places or [line for line in lines if re.match(r"(?!tests/|/)\S+\.py:\d+: in ", line)]
+    return " ".join([*places[-1:], *lines[-1:]])
 
-def grade(cases, tests):
+def grade(cases, tests, own_lines=()):
+    """own_lines: the lines of the task's functions, "file:line"."""
     own = [case for case in cases if name_of(case) in tests]
     own.sort(key=lambda case: tests.index(name_of(case)))
     bad = [case for case in own or cases if len(case)]  # own is empty where a file has an error
-    messages = {name_of(case): message_of(case) for case in reversed(bad)}  # one a test, the first
+    messages = {name_of(case): message_of(case, own_lines)
+                for case in reversed(bad)}  # one a test, the first
     return len(own or bad) - len(bad), len(own), list(messages.values())[::-1]
 
 def name_of(case):
     """file::name of a test, without its parameters."""
-    return f"{case.get('classname').split('.')[-1]}.py::{case.get('name').split('[')[0]}"
+    file = (case.get("classname") or "").split(".")[-1]
+    return f"{file}.py::{case.get('name').split('[')[0]}"
 
-def message_of(case):
-    """Its name, the first line of what it says, and the place where an error arose outside of the
-    tests; of a file with an error the error."""
+def lines_of(folder, task):
+    """{"file:line"} of the task's functions."""
+    with open(os.path.join(folder, task.file), encoding="utf-8") as file:
+        source = file.read()
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # which the report has
+        return set()
+    return {f"{task.file}:{line}" for node, name in definitions(tree) if name in task.functions
+            for line in range(node.lineno, node.end_lineno + 1)}
+
+def message_of(case, own_lines):
+    """Its name, the first line of what it says, and where an error outside of the tests arose: the
+    last line of own_lines on the way to it, or the last one of the project.  Of a file with an
+    error the error."""
     lines = (case[0].get("message") or "").strip().splitlines()
     if lines[:1] == ["collection failure"]:
         return last_error(case[0].text)
     places = re.findall(r"^(\S+\.py:\d+): ", case[0].text or "", re.MULTILINE)
     own = [place for place in places if not place.startswith(("/", "tests"))]
+    own = [place for place in own if place in own_lines] or own
     where = f" ({own[-1]})" if own and not places[-1].startswith("tests") else ""
     return f"{name_of(case)}: {lines[0] if lines else case[0].tag}{where}"
 
@@ -310,14 +347,14 @@ def report_of(found):
         missing = [text.split(": yours to write")[0].split()[-1] for text in messages
                    if "yours to write" in text]
         if passed == count > 0:
-            print(f"{name}: done; all {count} tests pass")
+            print(f"{name}: done; {count} of {count} cases pass")
         elif not count:
             print(f"{name}: its tests could not start\n    {messages[0]}")
         elif missing:
             reason = "not begun" if name in missing else f"waits for {missing[0]}, not begun"
-            print(f"{name}: {reason}; {passed} of {count} tests pass")
+            print(f"{name}: {reason}; {passed} of {count} cases pass")
         else:
-            print(f"{name}: not yet; {passed} of {count} tests pass")
+            print(f"{name}: not yet; {passed} of {count} cases pass")
             print("".join(f"    {message}\n" for message in messages), end="")
 
 

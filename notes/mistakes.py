@@ -87,6 +87,9 @@ MISTAKES = {
     "the second pass is skipped": Mistake(
         "lora_sam_step", '        one_pass("LoRA-SAM, pass 2", closure, optimizer, params) ',
         "        pass"),
+    "both passes' gradients added": Mistake(
+        "lora_sam_step", '        one_pass("LoRA-SAM, pass 2", closure, optimizer, params) ',
+        "        closure() "),
     "step at the perturbed weights": Mistake(
         "lora_sam_step", "# dL/dw at w + eps\n    optimizer.step()",
         "\n        optimizer.step()"),

@@ -52,7 +52,8 @@ def test_merge_in_float64():
     for name, W in expected.items():
         layer = getattr(net, name)
         assert type(layer) is nn.Linear and (layer.out_features, layer.in_features) == W.shape
-        assert not layer.training and not layer.weight.requires_grad
+        assert not layer.training, f"{name}: W0's layer was in eval mode, the merged one is not"
+        assert not layer.weight.requires_grad, f"{name}: W0 was frozen, the merged weight is not"
         assert (layer.weight - base[name]).norm() > 0.1  # there was something to merge
         assert_close(layer.weight, W, f"Eq. (1), merged {name}.weight", rtol=1e-12, atol=1e-12)
     assert_close(net.train()(x), logits, "logits of the merged model", rtol=1e-12, atol=1e-12)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -94,11 +95,14 @@ def test_the_check_says_what_is_done_wrong_and_not_begun(copy, capsys):
     assert "AttributeError" in message and message.endswith(f"(notes/measures.py:{line})")
     assignment.report_of(found)
     printed = capsys.readouterr().out
-    assert "lora_step: done; all 1 tests pass" in printed
+    assert "lora_step: done; 1 of 1 cases pass" in printed
     assert "merge_lora_: not begun" in printed and "clip_perturbation_: not yet; " in printed
     path.write_text("def (:\n")
-    assert 'bilora.py", line 1 SyntaxError: ' in error_of(
-        capsys, [str(copy), "--check"], assignment.main)
+    argv = [str(copy), "--check"]
+    assert 'File "bilora.py", line 1 SyntaxError: ' in error_of(capsys, argv, assignment.main)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assignment, "LIMIT", 0.1)
+        assert "did not end within 0.1 seconds" in error_of(capsys, argv, assignment.main)
     shutil.copy(os.path.join(PROJECT, "tests", "test_steps.py"), copy / "tests")
     path.write_text(source)
 
@@ -112,17 +116,34 @@ def test_a_file_handed_in_alone(tmp_path, capsys):
     (tmp_path / "notes/measures.py").write_text("import nothing\n" + source)
     assert assignment.main(argv) == 1
     printed = capsys.readouterr().out
-    assert "hessian_vector: its tests could not start\n    " in printed and "'nothing'" in printed
+    assert "hessian_vector: its tests could not start\n    notes/measures.py:1: in " in printed
+    assert "'nothing'" in printed
+
+
+@pytest.mark.parametrize("own, text, place", [
+    ({"bilora.py:306"}, "bilora.py:306: \nbilora.py:324: TypeError", " (bilora.py:306)"),
+    (set(), "bilora.py:306: \nbilora.py:324: TypeError", " (bilora.py:324)"),
+    (set(), "bilora.py:306: \n/usr/lib/torch/x.py:9: TypeError", " (bilora.py:306)"),
+    ({"bilora.py:306"}, "bilora.py:306: \ntests/test_steps.py:7: AssertionError", "")])
+def test_the_place_of_an_error_is_the_students_line(own, text, place):
+    """A call of a helper with wrong arguments fails in the helper; an assertion has no place."""
+    case = ET.Element("testcase", classname="tests.test_steps", name="test_clip[1]")
+    ET.SubElement(case, "failure", message="TypeError: no\nmore").text = (
+        f"tests/test_steps.py:5: \n{text}\n")
+    assert assignment.message_of(case, own) == f"test_steps.py::test_clip: TypeError: no{place}"
 
 
 def test_other_tests_of_a_copy_pass_or_are_skipped(copy):
     """What meets a blank on its way is skipped; nothing fails but what grades it."""
     path, before = copy / "bilora.py", read(copy, "bilora.py")
-    path.write_text(assignment.blanked(read(PROJECT, "bilora.py"), "clip_perturbation_",
-                                       TASKS["clip_perturbation_"].functions))
+    source = read(PROJECT, "bilora.py")
+    for task in ("clip_perturbation_", "perturbation_norm"):  # the second is not this copy's task
+        source = assignment.blanked(source, task, TASKS[task].functions)
+    path.write_text(source)
     graders = TASKS["clip_perturbation_"].tests
     others = ["test_steps.py::test_bilora_step_eq_9_10", "test_steps.py::test_lora_step_eq_2",
-              "test_steps.py::test_negative_radius"]
+              "test_steps.py::test_negative_radius",
+              "test_steps.py::test_gram_norm_equals_dense_norm"]
     cases = assignment.run_tests(copy, [*graders, *others])
     outcome = {}
     for case in cases:
@@ -130,7 +151,8 @@ def test_other_tests_of_a_copy_pass_or_are_skipped(copy):
         outcome.setdefault(assignment.name_of(case), set()).add(tag)
     path.write_text(before)
     assert all("failure" in outcome[test] for test in graders)
-    assert outcome[others[0]] == {"skipped"} and outcome[others[1]] == {"passed"}
+    assert outcome[others[0]] == outcome[others[3]] == {"skipped"}
+    assert outcome[others[1]] == {"passed"}
     assert not {"failure", "error"} & set().union(*(outcome[test] for test in others))
 
 

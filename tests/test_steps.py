@@ -339,7 +339,9 @@ def test_a_failed_add_lora_changes_nothing():
 def test_add_lora_adapts_a_linear_under_two_names_once():
     net = nn.ModuleDict({"a": nn.Linear(3, 3)})
     net["b"] = net["a"]
-    assert len(add_lora(net, 2, 4)) == 1 and net["a"] is net["b"]
+    layers = add_lora(net, 2, 4)
+    assert len(layers) == 1, f"one layer stands under two names; add_lora returned {len(layers)}"
+    assert net["a"] is net["b"], "one layer stood under two names, and only one was replaced"
 
 
 def test_add_lora_refuses_a_tied_embedding():
@@ -445,13 +447,18 @@ def test_lora_sam_step_eq_4(batch, rho):
     F_ = global_norm([*gB.values(), *gA.values()])
     gB2, gA2 = factor_gradients({n: B[n] + rho * gB[n] / F_ for n in LAYERS},
                                 {n: A[n] + rho * gA[n] / F_ for n in LAYERS})
-    first = F.cross_entropy(net(batch[0]), batch[1])
+    first, seen = F.cross_entropy(net(batch[0]), batch[1]), []
     optimizer = torch.optim.SGD([{"params": primary_parameters(net)}], lr=lr)
-    assert_close(lora_sam_step(optimizer, closure_of(net, batch), rho), first,
+    assert_close(lora_sam_step(optimizer, closure_of(net, batch, seen=seen), rho), first,
                  "Eq. (4), the loss returned, that of pass 1")
     for n in LAYERS:
-        assert_close(getattr(net, n).lora_B, B[n] - lr * gB2[n], f"Eq. (4), {n}.lora_B")
-        assert_close(getattr(net, n).lora_A, A[n] - lr * gA2[n], f"Eq. (4), {n}.lora_A")
+        for factor, w, g in (("lora_B", B, gB), ("lora_A", A, gA)):
+            assert_close(seen[1][f"{n}.{factor}"], w[n] + rho * g[n] / F_,
+                         f"Eq. (4), w + eps in pass 2, {n}.{factor}")
+    for n in LAYERS:
+        for factor, w, g in (("lora_B", B, gB2), ("lora_A", A, gA2)):
+            assert_close(getattr(getattr(net, n), factor), w[n] - lr * g[n],
+                         f"Eq. (4), the step along the gradient at w + eps, {n}.{factor}")
 
 
 def test_lora_sam_perturbs_only_params(batch):
@@ -1069,7 +1076,7 @@ def test_the_norm_of_bfloat16_gradients_is_not_rounded_to_bfloat16():
 def test_training_lowers_the_loss_and_leaves_the_base_alone(batch, method):
     net = adapted(aux_rank=2 if method.startswith("Bi-LoRA") else 0, spread=0.1).float()
     batch = (batch[0].float(), batch[1])
-    optimizers, before = bilora_optimizers(net, 0.05, aux_lr=1.0), snapshot(net)
+    optimizers, before = bilora_optimizers(net, 0.02, aux_lr=1.0), snapshot(net)
     losses = [STEPS[method](net, *optimizers, closure_of(net, batch)).item() for _ in range(100)]
     assert losses[-1] < losses[0] - 0.2
     after = net.state_dict()
@@ -1077,8 +1084,8 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(batch, method):
         moved = not torch.equal(after[name], before[name])
         assert moved == ("lora" in name or "aux" in name), name
     if method.startswith("Bi-LoRA"):
-        # float32
-        assert perturbation_norm(lora_layers(net)).item() == pytest.approx(0.05, rel=1e-5)
+        # float32; between clips c may be smaller
+        assert 0.02 < perturbation_norm(lora_layers(net)).item() <= 0.05 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("method", STEPS)
