@@ -417,6 +417,6 @@ def test_torchrun(tmp_path, small_folders, capfd):
     printed, _ = capfd.readouterr()
     assert printed.count("training rows") == printed.count("Table: ") == 1
     with pytest.raises(ChildFailedError):
-        torchrun(argv)
+        torchrun([*argv, "--rho", "-1"])
     _, said = capfd.readouterr()
-    assert said.count("error: ") == 1 and "1 of these runs are finished" in said
+    assert said.count("error: ") == 1 and "'-1', expected float >= 0" in said
