@@ -406,6 +406,8 @@ def test_runs_side_by_side_are_those_of_one_process(monkeypatch, capsys):
     assert methods.parse(train_glue, [])[0].jobs == 1  # the demo's default is the cores
     error = error_of(capsys, ["--jobs", "7"], partial(methods.parse, train_glue))
     assert "--jobs is 7; expected 1 beside 2 processes" in error
+    error = error_of(capsys, ["--device", "cuda:0"], partial(methods.parse, train_glue))
+    assert "--device cuda:0 is one device; expected cuda beside 2 processes" in error
 
 
 def test_torchrun(tmp_path, small_folders, capfd):
