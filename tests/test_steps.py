@@ -1120,8 +1120,8 @@ def test_a_list_is_scaled_by_one_factor():
 def test_perturbed_rounds_once_and_restores_whatever_happens():
     """Oracle: the sum in float32, rounded by torch."""
     torch.manual_seed(0)
-    weights = [torch.randn(50).bfloat16(), torch.randn(3, dtype=torch.float64)]
-    before, eps = [w.clone() for w in weights], [0.01 * torch.randn(50), torch.ones(3)]
+    weights = [torch.randn(999).bfloat16(), torch.randn(3, dtype=torch.float64)]
+    before, eps = [w.clone() for w in weights], [torch.randn(999), torch.ones(3)]
     with perturbed(weights, iter(eps)):
         assert torch.equal(weights[0], (before[0].float() + eps[0]).bfloat16())
         assert torch.equal(weights[1], before[1] + 1)
