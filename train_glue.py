@@ -891,7 +891,7 @@ def print_table(report):
 def draw_curves(results, path, majority=()):
     """Training loss and first metric over the epochs, a line a method, a band of one standard error
     over the seeds; dotted: the score of the most frequent label."""
-    from matplotlib.figure import Figure  # here, as processes that train do not draw
+    from matplotlib.figure import Figure  # here, as most imports of this file draw nothing
 
     metric, seeds = next(iter(results[0]["metrics"])), {run["seed"] for run in results}
     height = max(3.2, 0.25 * len({run["method"] for run in results}))
