@@ -315,8 +315,8 @@ def bilora_step(descent, ascent, closure, layers, rho, clip=clip_perturbation_):
 def one_pass(method, closure, optimizer, *others):
     """Run the closure on fresh gradients, check what it leaves, and return the loss, detached.
 
-    others: more lists of parameters.  Each list, the optimizer's first, has to get a gradient
-    (ValueError).  method: the name in the message of a NaN or infinite loss or gradient
+    others: more lists of parameters.  Of each, and of the optimizer's, some parameter has to get a
+    gradient (ValueError).  method: the name in the message of a NaN or infinite loss or gradient
     (FloatingPointError)."""
     _require(not isinstance(optimizer, torch.optim.LBFGS), f"{method}: LBFGS calls closure() by "
              "itself, several times a step; expected an optimizer that steps along a gradient")

@@ -238,9 +238,9 @@ def rop(run, closure):
     """Random output perturbation: rho N(0, 1) is added to the logits, in training alone."""
     generator = torch.Generator().manual_seed(step_seed(run))
 
-    def perturbed(H, Z, y):
+    def noisy(H, Z, y):
         return Z + run.rho * torch.randn(Z.shape, generator=generator).to(Z)
-    return {"loss": lora_step(run.descent, with_logits(perturbed, closure))}
+    return {"loss": lora_step(run.descent, with_logits(noisy, closure))}
 
 def s2sam(run, closure):
     """S2SAM: the gradient at w + rho g / ||g|| with the g of the step before.  One pass."""

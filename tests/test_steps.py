@@ -1077,15 +1077,17 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(batch, method):
     net = adapted(aux_rank=2 if method.startswith("Bi-LoRA") else 0, spread=0.1).float()
     batch = (batch[0].float(), batch[1])
     optimizers, before = bilora_optimizers(net, 0.02, aux_lr=1.0), snapshot(net)
-    losses = [STEPS[method](net, *optimizers, closure_of(net, batch)).item() for _ in range(100)]
+    losses, sizes = [], []
+    for _ in range(100):
+        losses.append(STEPS[method](net, *optimizers, closure_of(net, batch)).item())
+        sizes.append(perturbation_norm(lora_layers(net)).item())
     assert losses[-1] < losses[0] - 0.2
     after = net.state_dict()
     for name in before:
         moved = not torch.equal(after[name], before[name])
         assert moved == ("lora" in name or "aux" in name), name
     if method.startswith("Bi-LoRA"):
-        # float32; between clips c may be smaller
-        assert 0.02 < perturbation_norm(lora_layers(net)).item() <= 0.05 * (1 + 1e-5)
+        assert max(sizes) == pytest.approx(0.05, rel=1e-5)  # float32; never outside, at times on it
 
 
 @pytest.mark.parametrize("method", STEPS)
