@@ -6,14 +6,18 @@ Oracles: the project's own sources, compared as syntax trees; pytest in a copy; 
 
 import ast
 import math
+import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ET
 
 import pytest
 import torch
+from test_parallel import START
 from test_train_glue import error_of
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notes"))
@@ -65,6 +69,46 @@ def test_every_grading_test_exists_and_names_a_task_once():
             assert f"\ndef {name}(" in read(PROJECT, "tests", file), test
 
 
+def forked(command, cwd, timeout, env, **options):
+    """subprocess.run of `python -m pytest ...` in a fork: torch is imported already, nothing of this
+    project is."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = os.path.join(folder, "output")
+        child = multiprocessing.get_context("fork").Process(
+            target=pytest_of, args=(command[3:], cwd, env, output))
+        child.start()
+        child.join(timeout)
+        if child.is_alive():
+            child.kill()
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, child.exitcode, "", read(output))
+
+
+def pytest_of(words, cwd, env, output):
+    """In the fork."""
+    for end in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), end)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.chdir(cwd)
+    os.environ |= env
+    for name, module in list(sys.modules.items()):
+        if in_project(getattr(module, "__file__", None) or "/"):
+            del sys.modules[name]
+    sys.path = [cwd, *(path for path in sys.path if not in_project(path))]
+    sys.exit(pytest.main(words))
+
+
+def in_project(path):
+    return os.path.realpath(path).startswith(os.path.realpath(PROJECT))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Tests of a copy need no new interpreter."""
+    if START == "fork":
+        monkeypatch.setattr(assignment.subprocess, "run", forked)
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """A copy with four blanks; the first is written again, the second and the last wrongly."""
@@ -74,7 +118,7 @@ def copy(tmp_path_factory):
     return folder
 
 
-def test_the_check_says_what_is_done_wrong_and_not_begun(copy, capsys):
+def test_the_check_says_what_is_done_wrong_and_not_begun(copy, capsys, quick):
     assert not {"solutions.md", "mistakes.py"} & set(os.listdir(copy / "notes"))
     sheet = read(copy, "SHEET.md")
     assert [line for line in sheet.splitlines() if line.startswith("## ")] == [
@@ -133,7 +177,7 @@ def test_the_place_of_an_error_is_the_students_line(own, text, place):
     assert assignment.message_of(case, own) == f"test_steps.py::test_clip: TypeError: no{place}"
 
 
-def test_other_tests_of_a_copy_pass_or_are_skipped(copy):
+def test_other_tests_of_a_copy_pass_or_are_skipped(copy, quick):
     """What meets a blank on its way is skipped; nothing fails but what grades it."""
     path, before = copy / "bilora.py", read(copy, "bilora.py")
     source = read(PROJECT, "bilora.py")
@@ -166,7 +210,7 @@ def test_every_mistake_is_a_patch_that_compiles():
 
 
 @pytest.mark.parametrize("name", ["one factor alone"])
-def test_mistakes_are_found_out(name):
+def test_mistakes_are_found_out(name, quick):
     """A sample; `python notes/mistakes.py` takes all."""
     found, messages = mistakes.found_out(name)
     assert found, messages

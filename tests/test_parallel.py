@@ -12,13 +12,13 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed.run
 
 import train_glue
 import train_gsm8k
@@ -407,14 +407,26 @@ def test_runs_side_by_side_are_those_of_one_process(monkeypatch, capsys):
     assert "--device cuda:0 is one device; expected cuda beside 2 processes" in error
 
 
+def torchrun(out, *argv):
+    """The program itself, in a fork or a new interpreter; its processes are new interpreters."""
+    with open(out, "w") as file:
+        for end in (1, 2):
+            os.dup2(file.fileno(), end)
+    torch.distributed.run.main(["--standalone", "--nproc-per-node", "2", *argv])
+
+
 def test_torchrun(tmp_path, small_folders):
-    """The program itself: the first process prints and writes, and an error ends it all."""
+    """The first process prints and writes, and an error ends it all."""
     script = os.path.join(ROOT, "train_glue.py")
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            script, *bi_lora(small_folders[0], tmp_path / "out")[1]]
-    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("training rows") == ended.stdout.count("Table: ") == 1
-    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1 and ended.stderr.count("error: ") == 1
-    assert "1 of these runs are finished" in ended.stderr
+    argv = [script, *bi_lora(small_folders[0], tmp_path / "out")[1]]
+    codes, said = [], []
+    for out in (tmp_path / "first", tmp_path / "second"):
+        program = torch.multiprocessing.get_context(START).Process(
+            target=torchrun, args=(out, *argv))
+        program.start()
+        program.join(60)
+        codes.append(program.exitcode)
+        said.append(out.read_text())
+    assert codes == [0, 1], said
+    assert said[0].count("training rows") == said[0].count("Table: ") == 1
+    assert said[1].count("error: ") == 1 and "1 of these runs are finished" in said[1]
