@@ -581,7 +581,7 @@ def local_folder(folder_or_hub_id, revision=None, weights=True):
         if weights and not any(file.endswith(".safetensors") for file in os.listdir(folder)):
             fetch(allow_patterns=["pytorch_model.bin", "pytorch_model-*-of-*.bin"])
     except Exception as error:  # of several libraries: no network, no such model, no permission
-        raise ValueError(f"{name}: no such folder, nor could it be had from the hub "
+        raise ValueError(f"{name}: no such folder, and not available from the hub "
                          f"({' '.join(str(error).split())}); give a folder that has the model's "
                          "files, or the id of a model on the hub and a connection") from None
     return folder

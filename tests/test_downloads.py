@@ -173,7 +173,7 @@ def refused(name, **settings):
     with pytest.raises(ValueError) as caught:
         total(name, **settings)
     error = str(caught.value)
-    assert error.startswith(f"{name}: no such folder, nor could it be had from the hub (")
+    assert error.startswith(f"{name}: no such folder, and not available from the hub (")
     assert error.endswith("); give a folder that has the model's files, or the id of a model on "
                           "the hub and a connection") and "\n" not in error
     return error
