@@ -217,11 +217,12 @@ def test_h4_asks_only_of_methods_that_gain(gains, expected):
 
 @pytest.mark.parametrize("orders, expected", [
     ([[1, 2, 3], [1, 2, 3], [3, 2, 1]], "holds"), ([[3, 2, 1]] * 3, "refuted"),
-    ([[3, 2, 1], [3, 2, 1], [3, 1, 2]], "refuted"), ([[1, 2, 3]] * 2, "open")])
+    ([[3, 2, 1], [3, 2, 1], [3, 1, 2]], "refuted"), ([[1, 2, 3]] * 2, "open"),
+    ([[5, 2, 4, 1, 3]] * 3, "refuted")])  # -0.5, which is not above -0.5
 def test_h5_is_a_mean_over_three_seeds(orders, expected):
     flat = {}
     for seed, order in enumerate(orders):
-        rows = zip(("lora", "lora-sam", "head-sam"), order, (0.7, 0.8, 0.9))
+        rows = zip(study_plan.FLAT, order, (0.5, 0.6, 0.7, 0.8, 0.9))
         flat[str(seed)] = {row: {"eigenvalue": value, "score": score} for row, value, score in rows}
     found = {"chosen": {}, "runs": {}, "flat": {NOISY: flat}}
     assert said(found)["H5"] == expected
