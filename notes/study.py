@@ -134,13 +134,11 @@ def arguments(name, method, options, setting, more=()):
     """The script's own, of one cell, method and setting; more: words of its command line."""
     cell, words = CELLS[name], [*more]
     script = script_of(cell)
-    if "rho" in setting:
-        words += ["--rho", f"{setting['rho']:g}"]
-    if "ratio" in setting:
-        tasks = train_gsm8k.TASKS if cell.task == "gsm8k" else SETTINGS
-        words += ["--aux-lr", f"{setting['ratio'] * tasks['study-' + name]['lr']:g}"]
-    if "ascent" in setting:
-        words += ["--ascent", setting["ascent"]]
+    for key, value in setting.items():
+        if key == "ratio":  # of eta2 to eta1
+            tasks = train_gsm8k.TASKS if cell.task == "gsm8k" else SETTINGS
+            key, value = "aux-lr", value * tasks["study-" + name]["lr"]
+        words += ["--" + key, value if isinstance(value, str) else f"{value:g}"]
     if options.model and cell.task != "demo":
         words += ["--model", options.model]
     folder = os.path.join(options.out, name, folder_name(method, setting))
@@ -414,7 +412,8 @@ def parse_arguments(argv):
     parser.add_argument("--model", help="folder of MiniLM, for gsm8k of SmolLM2")
     parser.add_argument("--data", help="GLUE's root (default: GLUE_DATA), or GSM8K's (GSM8K_DATA)")
     parser.add_argument("--out", default=os.path.join("runs", "study"))
-    parser.add_argument("--figures", default=FIGURES, help="folder of study.json")
+    parser.add_argument("--figures", default=FIGURES, help="folder of study.json; `table` leaves the notes alone where it is "
+                        "another than theirs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)

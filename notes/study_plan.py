@@ -80,7 +80,8 @@ CONTROLS = {"label-smoothing": Method(label_smoothing, alone=True),
 
 class Row(NamedTuple):
     method: str
-    grid: dict       # {option: values}, rho first and rising; one combination is no choice
+    grid: dict       # {option: values}, rho first and rising; one combination is no choice; ratio
+                     # is that of eta2 to eta1, any other an option of the scripts
     like: str = None  # the row whose radius it takes instead
 
 RADII, RATIOS = (0.01, 0.05, 0.2), (1, 10, 100, 1000)
@@ -88,7 +89,7 @@ ROWS = {
     "lora": Row("lora", {}),
     "lora-sam-paper": Row("lora-sam", {"rho": (0.01,)}),
     "lora-sam": Row("lora-sam", {"rho": RADII}),
-    "bi-lora-paper": Row("bi-lora", {"rho": (0.05,), "ratio": (1,)}),  # ratio: eta2 / eta1
+    "bi-lora-paper": Row("bi-lora", {"rho": (0.05,), "ratio": (1,)}),
     "bi-lora": Row("bi-lora", {"rho": RADII, "ratio": RATIOS}),
     "head-sam": Row("head-sam", {"rho": (0.03, 0.1, 0.3)}),
     "label-smoothing": Row("label-smoothing", {"rho": (0.1, 0.2, 0.4)}),

@@ -110,9 +110,14 @@ def table(found, cell, part):
     body = "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * 6, *lines])
     compared = sum(bool(line[4]) and line[0] != BEST for line in lines)
     seeds = len(scores_of(found, cell, "lora", part))
+    stopped = list(difference(found, cell, "lora-sam", STOPPED, part).values())
+    beyond = ""
+    if len(stopped) > 1:
+        beyond = f" lora-sam minus {STOPPED}: {number(*interval(stopped), '+')}, not in the plan."
     what = "loss of a token, less is better" if part == "gold" else "last epoch"
     return (f"\n## {cell}, {part}\n\n{body}\n\n{what}; n = {seeds} seeds; 95 % intervals; "
-            f"{compared} comparisons; {diverged(found, cell)} runs diverged, tuning included.\n")
+            f"{compared} comparisons; {diverged(found, cell)} runs diverged, tuning included."
+            f"{beyond}\n")
 
 def line_of(found, cell, row, part):
     values = list(scores_of(found, cell, row, part).values())
@@ -308,24 +313,27 @@ def brief(found, cell, rows):
         score = statistics.fmean(scores_of(found, cell, row, part).values())
         gain = higher = ""
         if row != "lora":
-            gain = short(*gain_of(found, cell, row))
+            gain = short(found, cell, row)
             wins, n, _ = sign_test(list(difference(found, cell, row, "lora", part).values()))
             higher = f"{wins} of {n}"
-        rise = f"{statistics.fmean(kept['rise'] for kept in runs.values()):.3f}" if runs else ""
+        rises = [kept["rise"] for kept in runs.values() if kept.get("rise") is not None]
+        rise = f"{statistics.fmean(rises):.3f}" if rises else ""
         text = ", ".join(f"{key} {value}" for key, value in setting.items())
         name = f"`{row}`" + seeds_of(found, cell, row, part)
         lines.append([name, text, f"{score:.3f}", gain, higher, rise])
     return lines
 
-def short(mean, half):
-    return f"{mean:+.3f} ± {half:.3f}"
+def short(found, cell, row):
+    """A row's gain over LoRA, "" before there are two seeds."""
+    gain = gain_of(found, cell, row)
+    return f"{gain[0]:+.3f} ± {gain[1]:.3f}" if gain else ""
 
 def side_by_side(found, cells, rows):
     """Lines of a table of several cells: LoRA's score, and the differences to it."""
     lines = [["", *(f"{cell}, {CELLS[cell].seeds} seeds" for cell in cells)],
              ["---"] * (len(cells) + 1)]
     for row in rows:
-        own = [short(*gain_of(found, cell, row)) for cell in cells if row != "lora"]
+        own = [short(found, cell, row) for cell in cells if row != "lora"]
         if row == "lora":
             scores = [scores_of(found, cell, row, counting_set(cell)).values() for cell in cells]
             own = [f"{statistics.fmean(values):.3f}" for values in scores]

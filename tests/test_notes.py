@@ -25,6 +25,8 @@ import memory  # noqa: E402
 import methods  # noqa: E402
 import pictures  # noqa: E402
 import sharpness  # noqa: E402
+import study_plan  # noqa: E402
+import study_tables  # noqa: E402
 import sweep  # noqa: E402
 import tables  # noqa: E402
 
@@ -171,7 +173,8 @@ def test_the_table_of_the_memory_is_what_is_computed(capsys):
 
 def test_every_symbol_is_in_the_code():
     """The words of the last column stand in the modules' sources."""
-    sources = "".join(map(inspect.getsource, (bilora, measures, methods, sharpness)))
+    modules = (bilora, measures, methods, sharpness, study_plan, study_tables)
+    sources = "".join(map(inspect.getsource, modules))
     for line in re.findall(r"^\|.*\|$", PAGES["symbols.md"], re.MULTILINE):
         for word in re.findall(r"`([^`/]+)`", line.split("|")[-2]):
             if not word.startswith("torch."):

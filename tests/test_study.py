@@ -407,6 +407,12 @@ def test_a_table_of_a_note_by_hand():
         "|  | demo, 20 seeds | sst2-1000, 10 seeds |", "| --- | --- | --- |",
         "| `lora` | 0.600 | 0.600 |",
         f"| `lora-sam-paper` | +0.100 ± {half:.3f} | +0.100 ± {half:.3f} |"]
+    own = found["runs"]["demo"]["lora-sam_rho-0.01"]  # one seed has no interval, a lost run no rise
+    del own["1"], own["2"], own["0"]["rise"]
+    assert study_tables.filled(marks, found).splitlines()[4] == (
+        f"| `lora-sam-paper` |  | +0.100 ± {half:.3f} |")
+    assert study_tables.filled(marks.replace(",sst2-1000", ""), found).splitlines()[4] == (
+        "| `lora-sam-paper` (n = 1) | rho 0.01 | 0.600 |  | 1 of 1 |  |")
 
 
 def test_the_figures_show_the_gains(folder, monkeypatch, ticks):
@@ -535,6 +541,19 @@ def test_tune_run_and_table(folder, monkeypatch, capsys):
     record = json.loads((folder / "figures/study.json").read_text())
     assert record["chosen"]["demo"] == chosen
     assert table_of(capsys, "empty") == printed  # from the record alone
+
+
+def test_a_setting_is_any_option_of_the_scripts(folder, capsys):
+    CELLS["demo"] = TINY
+    study_plan.install()
+    options = SimpleNamespace(model=None, data=None, out="out", device="cpu", jobs=1)
+    args = study.arguments("demo", "bi-lora-power", options, {"rho": 0.25, "momentum": 0.75})
+    assert args.momentum == 0.75 and args.rho == [0.25]
+    args = study.arguments("demo", "bi-lora", options, {"ratio": 10, "ascent": "adamw"})
+    assert args.aux_lr == pytest.approx(10 * args.lr) and args.ascent == "adamw"
+    with pytest.raises(SystemExit):
+        study.arguments("demo", "lora", options, {"radius": 1})
+    assert "unrecognized arguments: --radius 1" in capsys.readouterr().err
 
 
 def test_runs_of_the_record_are_not_made_again(folder, monkeypatch):
