@@ -234,7 +234,8 @@ def _perturbed_layers(layers):
 
 @torch.no_grad()
 def perturbation_norm(layers):
-    """c = sqrt(sum_i ||B2_i A2_i||_F^2), without s as in Eq. (10); 0-dim, float32 or wider.
+    """c = sqrt(sum_i ||B2_i A2_i||_F^2), without s as in Eq. (10); 0-dim, float32 or wider, under
+    autocast too; 0 without auxiliary pairs.
     ||B A||^2 = <B^T B, A A^T>: two r2 x r2 Gram matrices a layer are enough, O((m + n) r2^2)."""
     layers = _perturbed_layers(layers)
     if not layers:

@@ -1,14 +1,16 @@
 """A student's copy of the project: some functions are the student's to write, and tests grade them.
 
+    python notes/assignment.py COPY --sheet 3
     python notes/assignment.py COPY --blank lora_step lora_sam_step
     python notes/assignment.py COPY --check
 
-The first command writes the folder COPY.  There the body of each chosen function is one line, which
-raises NotImplementedError; signature and docstring stay.  SHEET.md says what to write, with
-equations and hints, and which tests grade it.  The second command puts COPY's files of these tasks,
-and nothing else of COPY, beside this project's tests, runs them, and says in plain words what is
-done; the exit code is 1 where something is not.  COPY may hold the handed-in files alone: --blank
-says for which tasks.  --list names all tasks.
+The first two commands write the folder COPY: for a sheet of notes/assignments.md, or for chosen
+tasks.  There the body of each function of a task is one line, which raises NotImplementedError;
+signature and docstring stay.  With --sheet those of later sheets are blank too: the copy would give
+them away.  SHEET.md says what to write, with equations and hints, and which tests grade it.  The
+third command puts COPY's files of these tasks, and nothing else of COPY, beside this project's
+tests, runs them, and says in plain words what is done; the exit code is 1 where something is not.
+COPY may hold the handed-in files alone: --blank says for which tasks.  --list names all tasks.
 """
 
 import argparse
@@ -30,6 +32,7 @@ TESTS = ("conftest.py", "test_steps.py", "test_propositions.py", "test_adapter.p
          "test_measures.py", "test_power.py", "golden")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "solutions.md", "mistakes.py")
 SHEET, BLANKS = "SHEET.md", "blanks.json"
+NEEDED = "add_lora"  # by the tests of sheet 1, though it is sheet 2's
 LIMIT = 300  # seconds that the tests of a check may take
 
 
@@ -102,22 +105,26 @@ TASKS = {
     "perturbation_norm": Task(
         "bilora.py", ("perturbation_norm",), "(10)",
         "c, the norm of B2 A2 over all layers, from r2 x r2 matrices alone.",
-        ("||B A||^2 = trace(A^T B^T B A): turn the trace around.",
-         "Without s, as (10) prints it.  In float32 or wider."),
+        ("Without s, as (10) prints it.  In float32 or wider, also in an autocast region: `_product` "
+         "has the pattern.",
+         "Without auxiliary pairs c is a 0-dim 0."),
         ("test_steps.py::test_gram_norm_equals_dense_norm",
          "test_steps.py::test_gram_norm_forms_no_full_matrix")),
     "clip_perturbation_": Task(
         "bilora.py", ("clip_perturbation_",), "(10)",
         "If c > rho, shrink every B2 and A2 so that c becomes rho.  Return c as it was.",
         ("c is a product of two factors, and both shrink alike.",
-         "No Python `if` on a tensor: torch.where chooses without waiting for the device."),
+         "No Python `if` on a tensor: torch.where chooses without waiting for the device.",
+         "`_require_radius` and `_perturbed_layers` come first.  An infinite c scales nothing."),
         ("test_steps.py::test_clip_is_global_acts_only_outside_and_lands_on_the_ball",
+         "test_steps.py::test_an_infinite_c_scales_nothing",
          "test_steps.py::test_clip_needs_no_value_on_the_host")),
     "bilora_step": Task(
         "bilora.py", ("bilora_step",), "(8), (9), (10)",
         "One pass gives both gradients; the primary pair descends, the auxiliary one ascends, and "
         "the clip follows.",
-        ("`one_pass` takes further groups of parameters that have to get a gradient.",
+        ("Check first, in this order: `_require_radius`, `_perturbed_layers`, `_require_game`.",
+         "`one_pass` takes further groups of parameters that have to get a gradient.",
          "`ascent` has maximize=True: its step() already goes uphill.",
          "All right-hand sides of (9) are those of one step: take no gradient anew."),
         ("test_steps.py::test_bilora_step_eq_9_10",
@@ -138,7 +145,7 @@ TASKS = {
         "Block power iteration in the place of the paper's ascent and clip (note 5).",
         ("With orthonormal rows of A2, s G A2^T is the best B2 for them.",
          "s B2^T G turns the rows; a QR decomposition makes them orthonormal.",
-         "Carry B2 over into the new rows before you scale.",
+         "Carry B2 over into the new rows before you scale, from the old A2 as it is.",
          "`_blend` has one norm for a list: all layers' B2 together, each A2 by itself."),
         ("test_power.py::test_at_a_fixed_gradient_it_reaches_the_optimum_of_prop_3",
          "test_power.py::test_every_step_keeps_the_rows_orthonormal_and_the_radius",
@@ -203,9 +210,19 @@ def definitions(tree, prefix=""):
         elif isinstance(node, ast.FunctionDef):
             yield node, prefix + node.name
 
-def sheet(names):
-    """What to write, Markdown."""
-    text = ("# What to write\n\n`pip install -r requirements.txt` installs what is needed.  Each "
+def sheets():
+    """{number: (text, its tasks)} of the sheets of notes/assignments.md."""
+    found = {}
+    with open(os.path.join(PROJECT, "notes", "assignments.md"), encoding="utf-8") as file:
+        for text in file.read().split("\n## ")[1:]:
+            named = re.search(r"Tasks? (.*?)\. Hand", text)
+            tasks = re.findall(r"`(\w+)`", named[1]) if named else []
+            found[int(text.partition(".")[0])] = f"# Sheet {text.strip()}\n\n", tasks
+    return found
+
+def sheet(names, text=""):
+    """What to write, Markdown; text: that of the sheet."""
+    text += ("# What to write\n\n`pip install -r requirements.txt` installs what is needed.  Each "
             "function below raises NotImplementedError.  Its docstring, or that of its class or "
             "caller, says what it takes and returns.  `python notes/assignment.py . --check` says "
             "what is done.\n")
@@ -219,8 +236,9 @@ def sheet(names):
         text += f"\nGraded by:\n\n    pytest {tests}\n"
     return text
 
-def make_copy(folder, names):
-    """Write the folder, complete or not at all."""
+def make_copy(folder, names, later=(), text=""):
+    """Write the folder, complete or not at all.  later: tasks that are blank and no task of this
+    copy."""
     if os.path.lexists(folder):
         raise ValueError(f"{folder}: exists; expected the name of a new folder")
     parent = os.path.dirname(os.path.abspath(folder))
@@ -234,12 +252,12 @@ def make_copy(folder, names):
                 shutil.copytree(source, target, ignore=LEFT_OUT)
             else:
                 shutil.copy(source, target)
-        for name in names:
+        for name in (*names, *later):
             edit(os.path.join(copy, TASKS[name].file),
                  lambda source: blanked(source, name, TASKS[name].functions))
         edit(os.path.join(copy, "tests", "conftest.py"),
              lambda source: source.removesuffix(HOOK) + HOOK)
-        write(os.path.join(copy, SHEET), sheet(names))
+        write(os.path.join(copy, SHEET), sheet(names, text))
         write(os.path.join(copy, BLANKS), json.dumps({name: TASKS[name].tests for name in names}))
         os.rename(copy, folder)
 
@@ -334,6 +352,8 @@ def message_of(case, own_lines):
     last line of own_lines on the way to it, or the last one of the project.  Of a file with an
     error the error."""
     lines = (case[0].get("message") or "").strip().splitlines()
+    if lines and lines[0].endswith("pattern did not match."):  # then what was expected and found
+        lines = [" ".join(line.strip() for line in lines[:3])]
     if lines[:1] == ["collection failure"]:
         return last_error(case[0].text)
     places = re.findall(r"^(\S+\.py:\d+): ", case[0].text or "", re.MULTILINE)
@@ -366,6 +386,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="of the copy")
+    parser.add_argument("--sheet", type=int, choices=sheets(), help="its tasks; later ones blank")
     parser.add_argument("--blank", nargs="+", choices=TASKS, metavar="TASK",
                         help="tasks (default: all; with --check those of the copy)")
     parser.add_argument("--check", action="store_true", help="run the tests that grade a copy")
@@ -381,8 +402,10 @@ def main(argv=None):
             report_of(found)
             return int(any(passed < count or not count for passed, count, _ in found.values()))
         else:
-            names = options.blank or list(TASKS)
-            make_copy(options.folder, names)
+            text, names = sheets().get(options.sheet, ("", options.blank or list(TASKS)))
+            later = [task for number, (_, tasks) in sheets().items() for task in tasks
+                     if options.sheet and number > options.sheet and task != NEEDED]
+            make_copy(options.folder, names, later, text)
             print(f"{options.folder}: {', '.join(names)} to write; begin with {SHEET}")
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -118,6 +118,26 @@ def copy(tmp_path_factory):
     return folder
 
 
+def test_a_copy_for_a_sheet_lacks_what_later_ones_ask_for(tmp_path, quick):
+    """Its own tests pass with the later functions missing."""
+    assert list(assignment.sheets()) == [*range(1, 9)]
+    assignment.main([str(tmp_path / "copy"), "--sheet", "1"])
+    sheet = read(tmp_path, "copy", "SHEET.md")
+    assert sheet.startswith("# Sheet 1. LoRA's gradients by hand\n") and "* b (3) W₀" in sheet
+    assert re.findall(r"^## (\w+)$", sheet, re.MULTILINE) == ["forward", "lora_step"]
+    source = read(tmp_path, "copy", "bilora.py")
+    missing = set(re.findall(r'"(\w+): yours to write"', source))
+    assert missing == {name for name, task in TASKS.items() if task.file == "bilora.py"} - {
+        "add_lora"}
+    source = read(PROJECT, "bilora.py")
+    for name in missing - {"forward", "lora_step"}:
+        source = assignment.blanked(source, name, TASKS[name].functions)
+    (tmp_path / "copy" / "bilora.py").write_text(source)
+    found = assignment.check(tmp_path / "copy")
+    assert found.keys() == {"forward", "lora_step"}
+    assert all(passed == count > 0 for passed, count, _ in found.values()), found
+
+
 def test_the_check_says_what_is_done_wrong_and_not_begun(copy, capsys, quick):
     assert not {"solutions.md", "mistakes.py"} & set(os.listdir(copy / "notes"))
     sheet = read(copy, "SHEET.md")

@@ -77,8 +77,8 @@ def test_every_step_keeps_the_rows_orthonormal_and_the_radius(batch, momentum):
             assert_close(A @ A.T, torch.eye(3, dtype=torch.float64), f"rows of {n}.aux_A", rtol=0,
                          atol=1e-12)
             assert not torch.allclose(product(getattr(net, n)), before[n])
-        assert global_norm([product(getattr(net, n)) for n in LAYERS]) == pytest.approx(RHO,
-                                                                                        rel=1e-12)
+        c = global_norm([product(getattr(net, n)) for n in LAYERS])
+        assert c == pytest.approx(RHO, rel=1e-12), f"c after a step is {c}, not rho"
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])

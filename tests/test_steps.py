@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -878,17 +879,28 @@ def test_clip_is_global_acts_only_outside_and_lands_on_the_ball():
     assert not dense_products(net).any()
 
 
+def test_an_infinite_c_scales_nothing():
+    """Of pairs that have overflowed: rho / c would be 0, and the product NaN."""
+    net = adapted(aux_rank=2)
+    layers = lora_layers(net)
+    with torch.no_grad():
+        layers[0].aux_B[0, 0] = math.inf
+    before = snapshot(net)
+    assert clip_perturbation_(layers, 0.1).isinf()
+    assert_same_bits(net, before)
+
+
 def test_clip_needs_no_value_on_the_host(monkeypatch):
     """Every way of reading a tensor's value, which on a GPU waits for the device, is made to
     raise."""
     layers = lora_layers(adapted(aux_rank=2))
 
-    def read(tensor, *args):
-        raise AssertionError("a value was read")
+    def read(tensor, name, *args):
+        raise AssertionError(f"a value was read, by {name}")
 
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__",
                  "__format__"):
-        monkeypatch.setattr(torch.Tensor, name, read)
+        monkeypatch.setattr(torch.Tensor, name, partialmethod(read, name))
     c = clip_perturbation_(layers, 0.1)
     with pytest.raises(AssertionError, match="a value was read"):
         bool(c > 0.1)
