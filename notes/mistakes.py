@@ -117,6 +117,8 @@ MISTAKES = {
                                      "rho / c, 1.0"),
     "clip inside the ball": Mistake("clip_perturbation_", "(c > rho) & c.isfinite()",
                                     "c.isfinite()"),
+    "an infinite c is clipped": Mistake("clip_perturbation_", "(c > rho) & c.isfinite()",
+                                        "c > rho"),
     "one factor alone": Mistake(
         "clip_perturbation_", "    pairs = _auxiliary(layers)\n    for device",
         "    pairs = _auxiliary(layers)[::2]\n    for device"),
