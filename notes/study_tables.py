@@ -110,10 +110,10 @@ def table(found, cell, part):
     body = "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * 6, *lines])
     compared = sum(bool(line[4]) and line[0] != BEST for line in lines)
     seeds = len(scores_of(found, cell, "lora", part))
-    stopped = list(difference(found, cell, "lora-sam", STOPPED, part).values())
-    beyond = ""
-    if len(stopped) > 1:
-        beyond = f" lora-sam minus {STOPPED}: {number(*interval(stopped), '+')}, not in the plan."
+    stopped, beyond = difference(found, cell, "lora-sam", STOPPED, part), ""
+    if STOPPED in rows and len(stopped) > 1:
+        half = interval(list(stopped.values()))
+        beyond = f" lora-sam minus {STOPPED}: {number(*half, '+')}, not in the plan."
     what = "loss of a token, less is better" if part == "gold" else "last epoch"
     return (f"\n## {cell}, {part}\n\n{body}\n\n{what}; n = {seeds} seeds; 95 % intervals; "
             f"{compared} comparisons; {diverged(found, cell)} runs diverged, tuning included."

@@ -359,7 +359,13 @@ def test_a_table_of_made_up_runs():
     assert "| lora, epoch chosen on held |  | 0.6500 |" in text  # 0.7 and 0.6
     assert "| lora, best epoch |  | 0.8000 |" in text
     assert "2 comparisons; 1 runs diverged" in text and "s2sam" not in text
+    half = 12.7062 * np.std([0.1, 0.2], ddof=1) / math.sqrt(2)
+    assert f"lora-sam minus lora, epoch chosen on held: +0.1500 ± {half:.4f}, not in the" in text
     assert study_tables.table(found, "sst2-1000", "dev") == ""
+    others = {"chosen": {"sst2-1000": found["chosen"]["demo"]},
+              "runs": {"mrpc": found["runs"]["demo"]}}  # without rows to choose an epoch on
+    text = study_tables.table(others, "mrpc", "dev")
+    assert "| lora-sam (n = 3) | rho 0.2 |" in text and "chosen on held" not in text
     assert "| H3 | demo: lora-sam - lora | 2 | +0.2500 ±" in study_tables.contrasts(found)
 
 
