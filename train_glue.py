@@ -1014,7 +1014,8 @@ def require_possible(args, fail):
         if WORLD > 1:
             args.jobs = 1
             if torch.device(args.device).index is not None:
-                fail(f"--device {args.device} is one device; expected cuda beside {WORLD} processes")
+                fail(f"--device {args.device} is one device; expected cuda beside {WORLD} "
+                     "processes")
             if torch.device(args.device).type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.ones(1, device=args.device).item()

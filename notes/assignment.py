@@ -85,8 +85,8 @@ TASKS = {
         "Two passes on one batch: up by rho g / F, the gradient there, and back to the weights as "
         "they were, bit for bit.  Then a step of the optimizer.",
         ("`perturbed` is a context manager: w + eps inside, w afterwards, exception or not.",
-         "w + eps - eps is not w in floating point: keep a copy.  Add in the wider dtype of the two, "
-         "and round once.",
+         "w + eps - eps is not w in floating point: keep a copy.  Add in the wider dtype of the "
+         "two, and round once.",
          "An autocast region around the step keeps copies of weights: clear its cache.",
          "The passes are called `LoRA-SAM, pass 1` and `LoRA-SAM, pass 2` in messages.  `one_pass` "
          "begins each with fresh gradients.",
@@ -105,8 +105,8 @@ TASKS = {
     "perturbation_norm": Task(
         "bilora.py", ("perturbation_norm",), "(10)",
         "c, the norm of B2 A2 over all layers, from r2 x r2 matrices alone.",
-        ("Without s, as (10) prints it.  In float32 or wider, also in an autocast region: `_product` "
-         "has the pattern.",
+        ("Without s, as (10) prints it.  In float32 or wider, also in an autocast region: "
+         "`_product` has the pattern.",
          "Without auxiliary pairs c is a 0-dim 0."),
         ("test_steps.py::test_gram_norm_equals_dense_norm",
          "test_steps.py::test_gram_norm_forms_no_full_matrix")),

@@ -71,8 +71,8 @@ def bilora_power_step(descent, closure, layers, rho, momentum=0.5):
     descent: optimizer without the auxiliary pairs.  layers: the adapted layers, in training mode.
     rho: c after the step.  momentum: share, from 0 to under 1, of the old perturbation in the new.
     Returns the loss, 0-dim.  Raises ValueError for rho < 0, another momentum, a layer in eval mode,
-    no auxiliary pairs and a descent that holds them, FloatingPointError for a NaN or infinite loss or gradient, and has moved
-    nothing then.
+    no auxiliary pairs and a descent that holds them, FloatingPointError for a NaN or infinite loss
+    or gradient, and has moved nothing then.
     """
     _require_radius(rho)
     layers = _perturbed_layers(layers)

@@ -412,8 +412,8 @@ def parse_arguments(argv):
     parser.add_argument("--model", help="folder of MiniLM, for gsm8k of SmolLM2")
     parser.add_argument("--data", help="GLUE's root (default: GLUE_DATA), or GSM8K's (GSM8K_DATA)")
     parser.add_argument("--out", default=os.path.join("runs", "study"))
-    parser.add_argument("--figures", default=FIGURES, help="folder of study.json; `table` leaves the notes alone where it is "
-                        "another than theirs")
+    parser.add_argument("--figures", default=FIGURES, help="folder of study.json; "
+                        "`table` leaves the notes alone where it is another than theirs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)

@@ -70,8 +70,8 @@ def test_every_grading_test_exists_and_names_a_task_once():
 
 
 def forked(command, cwd, timeout, env, **options):
-    """subprocess.run of `python -m pytest ...` in a fork: torch is imported already, nothing of this
-    project is."""
+    """subprocess.run of `python -m pytest ...` in a fork: torch is imported already, nothing of
+    this project is."""
     with tempfile.TemporaryDirectory() as folder:
         output = os.path.join(folder, "output")
         child = multiprocessing.get_context("fork").Process(
