@@ -1,6 +1,7 @@
 """What README and notes/usage.md show is what the code does: the steps' lines are the functions'
 lines, and every example runs."""
 
+import glob
 import inspect
 import os
 import re
@@ -170,6 +171,14 @@ def test_names_and_options_exist():
     for option in re.findall(r"--[a-z][a-z0-9-]+", README + USAGE):
         assert option in helps or option == "--help", option
     assert all(task in README for task in train_glue.TASKS)
+
+
+def test_lines_of_code_are_short():
+    for part in ("*.py", "notes/*.py", "tests/*.py"):
+        for path in glob.glob(os.path.join(ROOT, part)):
+            with open(path, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    assert len(line.rstrip("\n")) <= 100, f"{path}:{number}"
 
 
 def test_readme_is_short():
