@@ -211,14 +211,26 @@ def definitions(tree, prefix=""):
             yield node, prefix + node.name
 
 def sheets():
-    """{number: (text, its tasks)} of the sheets of notes/assignments.md."""
+    """{number: (text, its tasks)} of the sheets of notes/assignments.md that have tasks."""
     found = {}
     with open(os.path.join(PROJECT, "notes", "assignments.md"), encoding="utf-8") as file:
-        for text in file.read().split("\n## ")[1:]:
+        for text in re.split(r"^## (?=\d\. )", file.read(), flags=re.MULTILINE)[1:]:
             named = re.search(r"Tasks? (.*?)\. Hand", text)
-            tasks = re.findall(r"`(\w+)`", named[1]) if named else []
-            found[int(text.partition(".")[0])] = f"# Sheet {text.strip()}\n\n", tasks
+            if named:
+                text = re.sub(r"\]\((?=\w+\.md)", "](notes/", text.strip())  # links from the root
+                found[int(text[0])] = f"# Sheet {text}\n\n", re.findall(r"`(\w+)`", named[1])
     return found
+
+def of_sheet(number):
+    """What make_copy takes for a sheet, beside the folder."""
+    found = sheets()
+    if number not in found:
+        raise ValueError(f"--sheet is {number}; expected one with a task: "
+                         f"{', '.join(map(str, found))}")
+    text, names = found[number]
+    later = [task for other, (_, tasks) in found.items() for task in tasks
+             if other > number and task != NEEDED]
+    return names, later, text
 
 def sheet(names, text=""):
     """What to write, Markdown; text: that of the sheet."""
@@ -386,8 +398,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="of the copy")
-    parser.add_argument("--sheet", type=int, choices=sheets(), help="its tasks; later ones blank")
-    parser.add_argument("--blank", nargs="+", choices=TASKS, metavar="TASK",
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--sheet", type=int, help="its tasks; with --check instead of the copy's")
+    chosen.add_argument("--blank", nargs="+", choices=TASKS, metavar="TASK",
                         help="tasks (default: all; with --check those of the copy)")
     parser.add_argument("--check", action="store_true", help="run the tests that grade a copy")
     parser.add_argument("--list", action="store_true", help="print the tasks")
@@ -398,15 +411,14 @@ def main(argv=None):
         elif not options.folder:
             parser.error("expected the folder of the copy")
         elif options.check:
-            found = check(options.folder, options.blank)
+            sheet_has = of_sheet(options.sheet)[0] if options.sheet else None
+            found = check(options.folder, options.blank or sheet_has)
             report_of(found)
             return int(any(passed < count or not count for passed, count, _ in found.values()))
         else:
-            text, names = sheets().get(options.sheet, ("", options.blank or list(TASKS)))
-            later = [task for number, (_, tasks) in sheets().items() for task in tasks
-                     if options.sheet and number > options.sheet and task != NEEDED]
-            make_copy(options.folder, names, later, text)
-            print(f"{options.folder}: {', '.join(names)} to write; begin with {SHEET}")
+            wanted = of_sheet(options.sheet) if options.sheet else [options.blank or [*TASKS]]
+            make_copy(options.folder, *wanted)
+            print(f"{options.folder}: {', '.join(wanted[0])} to write; begin with {SHEET}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0

@@ -137,8 +137,8 @@ def arguments(name, method, options, setting, more=()):
     for key, value in setting.items():
         if key == "ratio":  # of eta2 to eta1
             tasks = train_gsm8k.TASKS if cell.task == "gsm8k" else SETTINGS
-            key, value = "aux-lr", value * tasks["study-" + name]["lr"]
-        words += ["--" + key, value if isinstance(value, str) else f"{value:g}"]
+            key, value = "aux-lr", f"{value * tasks['study-' + name]['lr']:g}"
+        words += ["--" + key, str(value)]
     if options.model and cell.task != "demo":
         words += ["--model", options.model]
     folder = os.path.join(options.out, name, folder_name(method, setting))

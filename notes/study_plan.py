@@ -81,7 +81,7 @@ CONTROLS = {"label-smoothing": Method(label_smoothing, alone=True),
 class Row(NamedTuple):
     method: str
     grid: dict       # {option: values}, rho first and rising; one combination is no choice; ratio
-                     # is that of eta2 to eta1, any other an option of the scripts
+                     # is that of eta2 to eta1, any other an option with a value
     like: str = None  # the row whose radius it takes instead
 
 RADII, RATIOS = (0.01, 0.05, 0.2), (1, 10, 100, 1000)

@@ -336,7 +336,7 @@ def side_by_side(found, cells, rows):
         own = [short(found, cell, row) for cell in cells if row != "lora"]
         if row == "lora":
             scores = [scores_of(found, cell, row, counting_set(cell)).values() for cell in cells]
-            own = [f"{statistics.fmean(values):.3f}" for values in scores]
+            own = [f"{statistics.fmean(values):.3f}" if values else "" for values in scores]
         lines.append([f"`{row}`", *own])
     return lines
 

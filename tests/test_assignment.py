@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ import mistakes  # noqa: E402
 import toy  # noqa: E402
 from assignment import PROJECT, TASKS  # noqa: E402
 from mistakes import MISTAKES  # noqa: E402
+
+OURS = {os.path.realpath(os.path.join(PROJECT, part)) for part in ("", "notes", "tests")}
 
 
 def read(*path):
@@ -80,33 +83,32 @@ def forked(command, cwd, timeout, env, **options):
         child.join(timeout)
         if child.is_alive():
             child.kill()
+            child.join()
             raise subprocess.TimeoutExpired(command, timeout)
         return subprocess.CompletedProcess(command, child.exitcode, "", read(output))
 
 
 def pytest_of(words, cwd, env, output):
-    """In the fork."""
+    """In the fork, which has none of the threads of its parent."""
+    torch.set_num_threads(1)
     for end in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), end)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     os.chdir(cwd)
     os.environ |= env
     for name, module in list(sys.modules.items()):
-        if in_project(getattr(module, "__file__", None) or "/"):
+        if os.path.dirname(os.path.realpath(getattr(module, "__file__", None) or "/")) in OURS:
             del sys.modules[name]
-    sys.path = [cwd, *(path for path in sys.path if not in_project(path))]
+    sys.path = [cwd, *(path for path in sys.path if os.path.realpath(path) not in OURS)]
     sys.exit(pytest.main(words))
-
-
-def in_project(path):
-    return os.path.realpath(path).startswith(os.path.realpath(PROJECT))
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Tests of a copy need no new interpreter."""
-    if START == "fork":
-        monkeypatch.setattr(assignment.subprocess, "run", forked)
+    if START == "fork" and sys.platform == "linux":
+        mine = SimpleNamespace(run=forked, TimeoutExpired=subprocess.TimeoutExpired)
+        monkeypatch.setattr(assignment, "subprocess", mine)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,13 @@ def copy(tmp_path_factory):
 
 def test_a_copy_for_a_sheet_lacks_what_later_ones_ask_for(tmp_path, quick):
     """Its own tests pass with the later functions missing."""
-    assert list(assignment.sheets()) == [*range(1, 9)]
+    assert list(assignment.sheets()) == [1, 2, 3, 5, 6, 7]
+    names, later, text = assignment.of_sheet(5)
+    assert names == ["perturbation_norm", "clip_perturbation_"]
+    assert later == ["bilora_step", "power_rule"]
+    links = [link for number in assignment.sheets()
+             for link in re.findall(r"\]\(([^)#]*)", assignment.of_sheet(number)[2])]
+    assert len(links) > 6 and all(os.path.exists(os.path.join(PROJECT, link)) for link in links)
     assignment.main([str(tmp_path / "copy"), "--sheet", "1"])
     sheet = read(tmp_path, "copy", "SHEET.md")
     assert sheet.startswith("# Sheet 1. LoRA's gradients by hand\n") and "* b (3) W₀" in sheet
@@ -197,6 +205,15 @@ def test_the_place_of_an_error_is_the_students_line(own, text, place):
     assert assignment.message_of(case, own) == f"test_steps.py::test_clip: TypeError: no{place}"
 
 
+def test_of_a_refusal_in_other_words_the_expected_ones_are_said():
+    case = ET.Element("testcase", classname="tests.test_steps", name="test_radius")
+    message = "AssertionError: Regex pattern did not match.\n  Regex: 'rho is'\n  Input: 'no'\nmore"
+    ET.SubElement(case, "failure", message=message).text = "tests/test_steps.py:5: \n"
+    assert assignment.message_of(case, ()) == (
+        "test_steps.py::test_radius: AssertionError: Regex pattern did not match. Regex: 'rho is' "
+        "Input: 'no'")
+
+
 def test_other_tests_of_a_copy_pass_or_are_skipped(copy, quick):
     """What meets a blank on its way is skipped; nothing fails but what grades it."""
     path, before = copy / "bilora.py", read(copy, "bilora.py")
@@ -239,7 +256,9 @@ def test_mistakes_are_found_out(name, quick):
 @pytest.mark.parametrize("argv, message", [
     (["here"], "exists; expected the name of a new folder"), ([], "expected the folder"),
     (["here", "--check"], "names no task; expected a folder that this command has written"),
-    (["new", "--blank", "all"], "invalid choice")])
+    (["new", "--blank", "all"], "invalid choice"),
+    (["new", "--sheet", "4"], "--sheet is 4; expected one with a task: 1, 2, 3, 5, 6, 7"),
+    (["new", "--sheet", "3", "--blank", "forward"], "not allowed with")])
 def test_wrong_input(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     os.mkdir("here")

@@ -409,6 +409,7 @@ def test_runs_side_by_side_are_those_of_one_process(monkeypatch, capsys):
 
 def torchrun(out, *argv):
     """The program itself, in a fork or a new interpreter; its processes are new interpreters."""
+    os.setsid()  # a group of its own, to be killed with them
     with open(out, "w") as file:
         for end in (1, 2):
             os.dup2(file.fileno(), end)
@@ -424,8 +425,11 @@ def test_torchrun(tmp_path, small_folders):
         program = torch.multiprocessing.get_context(START).Process(
             target=torchrun, args=(out, *argv))
         program.start()
-        program.join(60)
+        program.join(200)
         codes.append(program.exitcode)
+        if program.exitcode is None:
+            os.killpg(program.pid, signal.SIGKILL)
+        program.join()
         said.append(out.read_text())
     assert codes == [0, 1], said
     assert said[0].count("training rows") == said[0].count("Table: ") == 1

@@ -362,10 +362,12 @@ def test_a_table_of_made_up_runs():
     half = 12.7062 * np.std([0.1, 0.2], ddof=1) / math.sqrt(2)
     assert f"lora-sam minus lora, epoch chosen on held: +0.1500 ± {half:.4f}, not in the" in text
     assert study_tables.table(found, "sst2-1000", "dev") == ""
-    others = {"chosen": {"sst2-1000": found["chosen"]["demo"]},
-              "runs": {"mrpc": found["runs"]["demo"]}}  # without rows to choose an epoch on
+    others = {"chosen": {"sst2-1000": found["chosen"]["demo"]},  # no rows to choose an epoch on
+              "runs": {"mrpc": {"lora": lora, "lora-sam_rho-0.2": sam}}}
     text = study_tables.table(others, "mrpc", "dev")
     assert "| lora-sam (n = 3) | rho 0.2 |" in text and "chosen on held" not in text
+    one = {**found, "runs": {"demo": {"lora": lora, "lora-sam_rho-0.2": {"0": sam["0"]}}}}
+    assert "not in the plan" not in study_tables.table(one, "demo", "dev")
     assert "| H3 | demo: lora-sam - lora | 2 | +0.2500 ±" in study_tables.contrasts(found)
 
 
@@ -415,6 +417,7 @@ def test_a_table_of_a_note_by_hand():
         f"| `lora-sam-paper` | +0.100 ± {half:.3f} | +0.100 ± {half:.3f} |"]
     own = found["runs"]["demo"]["lora-sam_rho-0.01"]  # one seed has no interval, a lost run no rise
     del own["1"], own["2"], own["0"]["rise"]
+    found["runs"]["sst2-1000"]["lora"]["2"]["rise"] = None  # as of word problems
     assert study_tables.filled(marks, found).splitlines()[4] == (
         f"| `lora-sam-paper` |  | +0.100 ± {half:.3f} |")
     assert study_tables.filled(marks.replace(",sst2-1000", ""), found).splitlines()[4] == (
@@ -553,8 +556,8 @@ def test_a_setting_is_any_option_of_the_scripts(folder, capsys):
     CELLS["demo"] = TINY
     study_plan.install()
     options = SimpleNamespace(model=None, data=None, out="out", device="cpu", jobs=1)
-    args = study.arguments("demo", "bi-lora-power", options, {"rho": 0.25, "momentum": 0.75})
-    assert args.momentum == 0.75 and args.rho == [0.25]
+    args = study.arguments("demo", "bi-lora-power", options, {"rho": 0.1234, "momentum": 0.7512345})
+    assert args.momentum == 0.7512345 and args.rho == [0.1234]
     args = study.arguments("demo", "bi-lora", options, {"ratio": 10, "ascent": "adamw"})
     assert args.aux_lr == pytest.approx(10 * args.lr) and args.ascent == "adamw"
     with pytest.raises(SystemExit):
