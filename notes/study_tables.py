@@ -62,6 +62,11 @@ def spearman(x, y):
 DERIVED = STOPPED, BEST = "lora, epoch chosen on held", "lora, best epoch"
 CHEAP = ("label-smoothing", "head-decay", STOPPED)  # explanations without a perturbation
 
+def rows_of(cell):
+    """A cell's rows, and those that come from LoRA's runs, where each epoch is scored."""
+    derived = DERIVED if "held" in CELLS[cell].parts else (BEST,)
+    return [*CELLS[cell].rows, *(() if CELLS[cell].task == "gsm8k" else derived)]
+
 def runs_of(found, cell, row):
     """({option: value}, {seed: what is kept}) of a row, the plan's seeds alone; (None, {}) where
     its setting is not chosen yet."""
@@ -101,8 +106,7 @@ def number(mean, half, sign=""):
 
 def table(found, cell, part):
     """Markdown: a row's setting, score, spread, difference to LoRA, sign test; "" without runs."""
-    rows = [*CELLS[cell].rows, *(DERIVED if "held" in CELLS[cell].parts else [])]
-    lines = [line_of(found, cell, row, part) for row in rows]
+    lines = [line_of(found, cell, row, part) for row in rows_of(cell)]
     lines = [line for line in lines if line]
     if not lines:
         return ""
@@ -111,7 +115,7 @@ def table(found, cell, part):
     compared = sum(bool(line[4]) and line[0] != BEST for line in lines)
     seeds = len(scores_of(found, cell, "lora", part))
     stopped, beyond = difference(found, cell, "lora-sam", STOPPED, part), ""
-    if STOPPED in rows and len(stopped) > 1:
+    if STOPPED in rows_of(cell) and len(stopped) > 1:
         half = interval(list(stopped.values()))
         beyond = f" lora-sam minus {STOPPED}: {number(*half, '+')}, not in the plan."
     what = "loss of a token, less is better" if part == "gold" else "last epoch"
@@ -295,7 +299,7 @@ def filled(text, found):
     def new(match):
         cells, rows = match[1].split(","), match[2].split(",")
         if rows == ["*"]:
-            rows = [*CELLS[cells[0]].rows, *DERIVED]
+            rows = rows_of(cells[0])
         if len(cells) == 1:
             lines = brief(found, cells[0], rows)
         else:

@@ -366,6 +366,10 @@ def test_a_table_of_made_up_runs():
               "runs": {"mrpc": {"lora": lora, "lora-sam_rho-0.2": sam}}}
     text = study_tables.table(others, "mrpc", "dev")
     assert "| lora-sam (n = 3) | rho 0.2 |" in text and "chosen on held" not in text
+    assert "| lora, best epoch |  | 0.8000 |" in text
+    marks = "<!-- study: mrpc * -->\n<!-- end -->\n"
+    names = [line.split("`")[1] for line in study_tables.filled(marks, others).splitlines()[3:-1]]
+    assert names == ["lora", "lora-sam", "lora, best epoch"]
     one = {**found, "runs": {"demo": {"lora": lora, "lora-sam_rho-0.2": {"0": sam["0"]}}}}
     assert "not in the plan" not in study_tables.table(one, "demo", "dev")
     assert "| H3 | demo: lora-sam - lora | 2 | +0.2500 ±" in study_tables.contrasts(found)
