@@ -398,25 +398,25 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="of the copy")
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--sheet", type=int, help="its tasks; with --check instead of the copy's")
-    chosen.add_argument("--blank", nargs="+", choices=TASKS, metavar="TASK",
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument("--sheet", type=int, help="its tasks; with --check instead of the copy's")
+    tasks.add_argument("--blank", nargs="+", choices=TASKS, metavar="TASK",
                         help="tasks (default: all; with --check those of the copy)")
     parser.add_argument("--check", action="store_true", help="run the tests that grade a copy")
     parser.add_argument("--list", action="store_true", help="print the tasks")
     options = parser.parse_args(argv)
     try:
+        chosen = None if options.sheet is None else of_sheet(options.sheet)
         if options.list:
             print("\n".join(f"{name}: {task.text}" for name, task in TASKS.items()))
         elif not options.folder:
             parser.error("expected the folder of the copy")
         elif options.check:
-            sheet_has = of_sheet(options.sheet)[0] if options.sheet else None
-            found = check(options.folder, options.blank or sheet_has)
+            found = check(options.folder, options.blank or chosen and chosen[0])
             report_of(found)
             return int(any(passed < count or not count for passed, count, _ in found.values()))
         else:
-            wanted = of_sheet(options.sheet) if options.sheet else [options.blank or [*TASKS]]
+            wanted = chosen or [options.blank or [*TASKS]]
             make_copy(options.folder, *wanted)
             print(f"{options.folder}: {', '.join(wanted[0])} to write; begin with {SHEET}")
     except (ValueError, OSError) as error:

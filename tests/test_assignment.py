@@ -258,6 +258,7 @@ def test_mistakes_are_found_out(name, quick):
     (["here", "--check"], "names no task; expected a folder that this command has written"),
     (["new", "--blank", "all"], "invalid choice"),
     (["new", "--sheet", "4"], "--sheet is 4; expected one with a task: 1, 2, 3, 5, 6, 7"),
+    (["here", "--check", "--sheet", "0"], "--sheet is 0; expected one with a task"),
     (["new", "--sheet", "3", "--blank", "forward"], "not allowed with")])
 def test_wrong_input(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
