@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from tokenizers import BertWordPieceTokenizer, Tokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 class RMSNorm(nn.RMSNorm):
@@ -105,9 +106,12 @@ class Attention(nn.Module):
                 cache[:] = k, v
         if L == 1:  # the heads of a group are then as many queries of one head
             q = q.reshape(B, self.kv_heads, -1, self.head_dim)                      # (B, G, H/G, E)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0,
-            is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] > self.kv_heads)
+        # On a CPU the fused kernel's backward takes over twice the plain one's time in bfloat16.
+        plain = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0,
+                is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] > self.kv_heads)
         y = y.reshape(B, -1, L, self.head_dim).transpose(1, 2)                      # (B, L, H, E)
         return self.o(y.reshape(B, L, -1))                                          # (B, L, D)
 

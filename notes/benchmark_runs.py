@@ -100,7 +100,6 @@ def timed(generate, generated):
 
 def theirs(options, words, args):
     import plain_peft
-    torch.backends.cuda.enable_flash_sdp(True)  # torch's default; our runs change it on a CPU
     return plain_peft.run(options.task, args)
 
 

@@ -348,17 +348,6 @@ def test_the_loop_generates_after_prompts_that_are_padded_on_the_left(libraries,
     assert texts == tokenizer.batch_decode(new)
 
 
-def test_flash_attention_is_on_for_the_loop_of_the_libraries(libraries, monkeypatch):
-    import plain_peft
-    before = torch.backends.cuda.flash_sdp_enabled()
-    monkeypatch.setattr(plain_peft, "run", lambda *_: torch.backends.cuda.flash_sdp_enabled())
-    try:
-        torch.backends.cuda.enable_flash_sdp(False)
-        assert runs.theirs(SimpleNamespace(task="glue"), [], None)
-    finally:
-        torch.backends.cuda.enable_flash_sdp(before)
-
-
 def test_our_seconds_of_training_are_those_of_the_steps(small_folders, tmp_path, monkeypatch):
     def main(words):
         folder = tmp_path / "lora-seed0"

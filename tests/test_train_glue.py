@@ -499,10 +499,20 @@ def test_descent_and_ascent_share_the_schedule(glue_folder, ascent):
         for part in (run.descent, run.ascent, *run.schedules):
             part.step()
 
-def test_a_cpu_takes_the_plain_attention_kernel_in_bfloat16_alone(glue_folder):
-    for words, fused in ((["--bf16"], False), (["--no-bf16"], True)):
+def test_a_cpu_trains_with_the_plain_attention_kernel_in_bfloat16_alone(glue_folder, monkeypatch):
+    """Scores, which have no backward pass, come from the fused one."""
+    taken, attention = {True: set(), False: set()}, F.scaled_dot_product_attention
+
+    def noted(*args, **kwargs):
+        taken[torch.is_grad_enabled()].add(torch.backends.cuda.flash_sdp_enabled())
+        return attention(*args, **kwargs)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    before = torch.backends.cuda.flash_sdp_enabled()
+    for words, fused in ((["--bf16"], False), (["--no-bf16"], before)):
         main([*ONE, "--epochs", "1", *words, "--out", words[0].strip("-")])
-        assert torch.backends.cuda.flash_sdp_enabled() is fused
+        assert taken == {True: {fused}, False: {before}}
+        taken[True].clear()
+    assert before and torch.backends.cuda.flash_sdp_enabled()
 
 def test_the_files_of_a_checkpoint_have_one_order(glue_folder, monkeypatch):
     """Whatever order the file system lists them in, and whatever the folder is called."""
