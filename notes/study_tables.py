@@ -309,9 +309,11 @@ def filled(text, found):
     return MARK.sub(new, text)
 
 def brief(found, cell, rows):
-    """Lines of a table of one cell, on the set that counts."""
-    lines = [["row", "setting", "score", "minus LoRA's", "higher", "rise"], ["---"] * 6]
+    """Lines of a table of one cell, on the set that counts; of word problems the loss of a token of
+    the gold answers, and in the last column the share of problems that were answered right."""
     part = counting_set(cell)
+    of_words = ("gold loss", "exact match") if part == "gold" else ("score", "rise")
+    lines = [["row", "setting", of_words[0], "minus LoRA's", "higher", of_words[1]], ["---"] * 6]
     for row in [row for row in rows if scores_of(found, cell, row, part)]:
         setting, runs = ({}, {}) if row in DERIVED else runs_of(found, cell, row)
         score = statistics.fmean(scores_of(found, cell, row, part).values())
@@ -320,11 +322,13 @@ def brief(found, cell, rows):
             gain = short(found, cell, row)
             wins, n, _ = sign_test(list(difference(found, cell, row, "lora", part).values()))
             higher = f"{wins} of {n}"
-        rises = [kept["rise"] for kept in runs.values() if kept.get("rise") is not None]
-        rise = f"{statistics.fmean(rises):.3f}" if rises else ""
+        last = [kept["rise"] for kept in runs.values() if kept.get("rise") is not None]
+        if part == "gold":
+            last = scores_of(found, cell, row, "test").values()
+        mean = f"{statistics.fmean(last):.3f}" if last else ""
         text = ", ".join(f"{key} {value}" for key, value in setting.items())
         name = f"`{row}`" + seeds_of(found, cell, row, part)
-        lines.append([name, text, f"{score:.3f}", gain, higher, rise])
+        lines.append([name, text, f"{score:.3f}", gain, higher, mean])
     return lines
 
 def short(found, cell, row):

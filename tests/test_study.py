@@ -428,6 +428,21 @@ def test_a_table_of_a_note_by_hand():
         "| `lora-sam-paper` (n = 1) | rho 0.01 | 0.600 |  | 1 of 1 |  |")
 
 
+def test_a_table_of_word_problems_has_the_gold_answers_loss_and_the_exact_matches():
+    def runs(*pairs):
+        return {str(i): {"scores": {"gold": [loss], "test": [share]}, "rise": None}
+                for i, (loss, share) in enumerate(pairs)}
+
+    found = {"chosen": {}, "runs": {"gsm8k": {
+        "lora": runs((0.8, 0.25), (0.6, 0.5)), "lora-sam_rho-0.01": runs((0.7, 0.5), (0.4, 0.75))}}}
+    half = 12.7062 * np.std([-0.1, -0.2], ddof=1) / math.sqrt(2)
+    marks = "<!-- study: gsm8k * -->\n<!-- end -->\n"
+    assert study_tables.filled(marks, found).splitlines()[1:-1] == [
+        "| row | setting | gold loss | minus LoRA's | higher | exact match |",
+        "| --- | --- | --- | --- | --- | --- |", "| `lora` |  | 0.700 |  |  | 0.375 |",
+        f"| `lora-sam-paper` | rho 0.01 | 0.550 | -0.150 ± {half:.3f} | 0 of 2 | 0.625 |"]
+
+
 def test_the_figures_show_the_gains(folder, monkeypatch, ticks):
     """Mean and half of the interval of each row in each cell that was run; curves of two cells."""
     figures = []
