@@ -80,8 +80,8 @@ CONTROLS = {"label-smoothing": Method(label_smoothing, alone=True),
 
 class Row(NamedTuple):
     method: str
-    grid: dict       # {option: values}, rho first and rising; one combination is no choice; ratio
-                     # is that of eta2 to eta1, any other an option with a value
+    grid: dict       # {option: values}, rho first and rising; one combination is no choice; rate is
+                     # that of eta1 to the cell's own, ratio of eta2 to it, others are options
     like: str = None  # the row whose radius it takes instead
 
 RADII, RATIOS = (0.01, 0.05, 0.2), (1, 10, 100, 1000)
@@ -104,7 +104,8 @@ ROWS = {
     "s2sam-same": Row("s2sam", {}, "lora-sam"),
     "sam-other": Row("sam-other", {}, "lora-sam"),
     "sam-half": Row("sam-half", {}, "lora-sam"),
-    "head-sam-untuned": Row("head-sam", {"rho": (0.1,)})}
+    "head-sam-untuned": Row("head-sam", {"rho": (0.1,)}),
+    "lora-rate": Row("lora", {"rate": (0.1, 0.3, 1)})}
 UNTUNED = ("lora", "lora-sam-paper", "bi-lora-paper", "head-sam-untuned")
 ALL = tuple(name for name in ROWS if name != "head-sam-untuned")
 MAIN = (*ALL[:7], "rwp-lora")
@@ -128,7 +129,7 @@ COLA = partial(of_glue, "cola", parts={"held": 1000, "rest": 2000})
 CELLS = {
     "demo": Cell("demo", 20, ALL, {}, {"held": 1000}),
     NOISY: SST2(1000, 0.3, ALL), "sst2-1000": SST2(1000, 0.0, ALL),
-    "mrpc": of_glue("mrpc", None, 0.0, PAPERS, {}, "sst2-1000")._replace(seeds=5),
+    "mrpc": of_glue("mrpc", None, 0.0, (*PAPERS, "lora-rate"), {}, "sst2-1000")._replace(seeds=5),
     "gsm8k": Cell("gsm8k", 3, UNTUNED, {"limit": 500, "eval_limit": 1000, "max_new_tokens": 256}),
     "cola-2000": COLA(2000, 0.0, MAIN), "cola-2000-noise30": COLA(2000, 0.3, MAIN),
     "sst2-250-noise30": SST2(250, 0.3, MAIN, tuned_on=NOISY),

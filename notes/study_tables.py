@@ -60,7 +60,7 @@ def spearman(x, y):
 # ------------------------------------------------------------------------- tables and figure
 
 DERIVED = STOPPED, BEST = "lora, epoch chosen on held", "lora, best epoch"
-CHEAP = ("label-smoothing", "head-decay", STOPPED)  # explanations without a perturbation
+CHEAP = ("label-smoothing", "head-decay", "lora-rate", STOPPED)  # explanations without a perturbation
 
 def rows_of(cell):
     """A cell's rows, and those that come from LoRA's runs, where each epoch is scored."""

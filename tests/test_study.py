@@ -579,6 +579,9 @@ def test_a_setting_is_any_option_of_the_scripts(folder, capsys):
     assert args.momentum == 0.7512345 and args.rho == [0.1234]
     args = study.arguments("demo", "bi-lora", options, {"ratio": 10, "ascent": "adamw"})
     assert args.aux_lr == pytest.approx(10 * args.lr) and args.ascent == "adamw"
+    own = args.lr
+    args = study.arguments("demo", "lora", options, {"rate": 0.3})
+    assert args.lr == pytest.approx(0.3 * own) and args.out.endswith("demo/lora_rate-0.3")
     with pytest.raises(SystemExit):
         study.arguments("demo", "lora", options, {"radius": 1})
     assert "unrecognized arguments: --radius 1" in capsys.readouterr().err
