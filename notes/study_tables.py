@@ -114,10 +114,11 @@ def table(found, cell, part):
     body = "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * 6, *lines])
     compared = sum(bool(line[4]) and line[0] != BEST for line in lines)
     seeds = len(scores_of(found, cell, "lora", part))
-    stopped, beyond = difference(found, cell, "lora-sam", STOPPED, part), ""
-    if STOPPED in rows_of(cell) and len(stopped) > 1:
-        half = interval(list(stopped.values()))
-        beyond = f" lora-sam minus {STOPPED}: {number(*half, '+')}, not in the plan."
+    beyond = ""
+    for other in [row for row in rows_of(cell) if row in ("lora-rate", *DERIVED)]:
+        gain = list(difference(found, cell, "lora-sam", other, part).values())
+        if len(gain) > 1:
+            beyond += f" lora-sam minus {other}: {number(*interval(gain), '+')}, not in the plan."
     what = "loss of a token, less is better" if part == "gold" else "last epoch"
     return (f"\n## {cell}, {part}\n\n{body}\n\n{what}; n = {seeds} seeds; 95 % intervals; "
             f"{compared} comparisons; {diverged(found, cell)} runs diverged, tuning included."

@@ -9,6 +9,7 @@ import collections
 import json
 import math
 import os
+import re
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -361,6 +362,8 @@ def test_a_table_of_made_up_runs():
     assert "2 comparisons; 1 runs diverged" in text and "s2sam" not in text
     half = 12.7062 * np.std([0.1, 0.2], ddof=1) / math.sqrt(2)
     assert f"lora-sam minus lora, epoch chosen on held: +0.1500 ± {half:.4f}, not in the" in text
+    half = 12.7062 * np.std([0.8 - 0.7, 0.8 - 0.9], ddof=1) / math.sqrt(2)
+    assert re.search(rf"lora-sam minus lora, best epoch: [+-]0.0000 ± {half:.4f}, not in", text)
     assert study_tables.table(found, "sst2-1000", "dev") == ""
     others = {"chosen": {"sst2-1000": found["chosen"]["demo"]},  # no rows to choose an epoch on
               "runs": {"mrpc": {"lora": lora, "lora-sam_rho-0.2": sam}}}
