@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_glue
 from bilora import add_lora, bilora_optimizers, lora_sam_step
@@ -73,6 +74,17 @@ def test_a_resumed_run_draws_the_gpus_next_masks(small_demos, tmp_path, monkeypa
 
 def test_the_demo_takes_one_run_at_a_time():
     assert train_glue.JOBS == 1
+
+
+def test_torch_picks_the_kernel_of_attention(small_demos, tmp_path, monkeypatch):
+    seen, attention = set(), F.scaled_dot_product_attention
+
+    def noted(*args, **kwargs):
+        seen.add(torch.backends.cuda.flash_sdp_enabled())
+        return attention(*args, **kwargs)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    main(command(tmp_path, "--bf16"))
+    assert seen == {True}
 
 
 def test_a_batch_is_copied_while_the_host_goes_on():
