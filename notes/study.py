@@ -180,7 +180,7 @@ def train_and_record(jobs, _, method, seed, data, folder, progress):
     counts as the most frequent label."""
     args, done = jobs[folder], os.path.join(folder, "metrics.json")
     script = script_named(args)
-    sets, last = scored_sets(data, method, seed)
+    sets, last = scored_sets(data, os.path.basename(args.out), seed)
     try:
         if os.path.exists(done):
             result = read_json(done)
@@ -195,16 +195,16 @@ def train_and_record(jobs, _, method, seed, data, folder, progress):
     write_text(os.path.join(folder, "study.json"), json.dumps(kept))
     return kept
 
-def scored_sets(data, method, seed):
+def scored_sets(data, setting, seed):
     """({name: rows} that are scored at every epoch's end, names of those that are scored after the
-    last one).  Of LoRA all are scored in every epoch, which the choice of its epoch needs; while
-    tuning nothing that is reported."""
+    last one).  Of the row `lora` all are scored in every epoch, which the choice of its epoch
+    needs; while tuning nothing that is reported."""
     names = [name for name in data.sets if name != "held"]
     if seed in TUNING_SEEDS:
         names = ["held"]
-    elif method == "lora":
+    elif setting == "lora":
         names = list(data.sets)
-    if "rest" in data.sets and method != "lora":  # every epoch would cost as much as training
+    if "rest" in data.sets and setting != "lora":  # every epoch would cost as much as training
         return {"probe": data.sets["held"][:PROBE]}, names
     return {name: data.sets[name][:GENERATED if name == "test" else None] for name in names}, []
 

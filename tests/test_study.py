@@ -635,7 +635,7 @@ def test_the_rest_is_scored_by_the_adapter_that_was_saved(folder, monkeypatch):
     CELLS["demo"] = TINY._replace(settings={**SMALL, "lr": 0.02})
     argv = ["run", "demo", *QUICK, "--row", "bi-lora-paper", "--seeds", "0", "1"]
     study.main([*argv, "--out", "after"])
-    monkeypatch.setattr(study, "scored_sets", lambda data, method, seed: (data.sets, []))
+    monkeypatch.setattr(study, "scored_sets", lambda data, setting, seed: (data.sets, []))
     study.main([*argv, "--out", "within"])
     last = {}
     for out in ("after", "within"):
@@ -644,6 +644,15 @@ def test_the_rest_is_scored_by_the_adapter_that_was_saved(folder, monkeypatch):
     assert last["after"] == last["within"]
     base = [kept["scores"]["rest"][0] for kept in runs.values()]
     assert len(set([*last["after"], *base])) > 1  # it moves at all
+
+
+def test_the_row_lora_alone_is_scored_in_every_epoch():
+    data = SimpleNamespace(sets={"dev": [1], "rest": [2, 3], "held": [4] * 200})
+    assert study.scored_sets(data, "lora", 0) == (data.sets, [])
+    probe = {"probe": data.sets["held"][:study.PROBE]}
+    for setting in ("lora_rate-0.3", "lora-sam_rho-0.2"):
+        assert study.scored_sets(data, setting, 0) == (probe, ["dev", "rest"])
+        assert study.scored_sets(data, setting, 100) == (probe, ["held"])
 
 
 def test_a_run_that_diverges_counts_as_the_most_frequent_label(folder, monkeypatch):
