@@ -51,7 +51,7 @@ NOTES = os.path.dirname(os.path.abspath(__file__))
 FIGURES = os.path.join(NOTES, "figures")
 PAGES = (os.path.join(NOTES, "9_study.md"), os.path.join(NOTES, "..", "README.md"))
 GENERATED = 300  # test problems of GSM8K that are answered; the loss of gold answers is on all
-RATES = {"rate": "lr", "ratio": "aux-lr"}  # settings that are times the cell's own rate
+TIMES = {"rate": "lr", "ratio": "aux-lr"}  # settings that are times the cell's own rate
 PROBE = 100  # rows that stand in for the evaluation sets in every epoch, where these are large
 
 
@@ -136,9 +136,9 @@ def arguments(name, method, options, setting, more=()):
     cell, words = CELLS[name], [*more]
     script = script_of(cell)
     for key, value in setting.items():
-        if key in RATES:
+        if key in TIMES:
             tasks = train_gsm8k.TASKS if cell.task == "gsm8k" else SETTINGS
-            key, value = RATES[key], f"{value * tasks['study-' + name]['lr']:g}"
+            key, value = TIMES[key], f"{value * tasks['study-' + name]['lr']:g}"
         words += ["--" + key, str(value)]
     if options.model and cell.task != "demo":
         words += ["--model", options.model]

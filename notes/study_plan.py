@@ -84,7 +84,7 @@ class Row(NamedTuple):
                      # that of eta1 to the cell's own, ratio of eta2 to it, others are options
     like: str = None  # the row whose radius it takes instead
 
-RADII, RATIOS = (0.01, 0.05, 0.2), (1, 10, 100, 1000)
+RADII, RATIOS, SLOWER = (0.01, 0.05, 0.2), (1, 10, 100, 1000), (0.1, 0.3, 1)
 ROWS = {
     "lora": Row("lora", {}),
     "lora-sam-paper": Row("lora-sam", {"rho": (0.01,)}),
@@ -105,11 +105,12 @@ ROWS = {
     "sam-other": Row("sam-other", {}, "lora-sam"),
     "sam-half": Row("sam-half", {}, "lora-sam"),
     "head-sam-untuned": Row("head-sam", {"rho": (0.1,)}),
-    "lora-rate": Row("lora", {"rate": (0.1, 0.3, 1)})}
+    "lora-rate": Row("lora", {"rate": SLOWER}),
+    "lora-sam-rate": Row("lora-sam", {"rho": RADII, "rate": SLOWER})}
 UNTUNED = ("lora", "lora-sam-paper", "bi-lora-paper", "head-sam-untuned")
 ALL = tuple(name for name in ROWS if name != "head-sam-untuned")
 MAIN = (*ALL[:7], "rwp-lora")
-PAPERS = ALL[:6]
+PAPERS, RATES = ALL[:6], ("lora-rate", "lora-sam-rate")
 
 class Cell(NamedTuple):
     task: str
@@ -129,7 +130,7 @@ COLA = partial(of_glue, "cola", parts={"held": 1000, "rest": 2000})
 CELLS = {
     "demo": Cell("demo", 20, ALL, {}, {"held": 1000}),
     NOISY: SST2(1000, 0.3, ALL), "sst2-1000": SST2(1000, 0.0, ALL),
-    "mrpc": of_glue("mrpc", None, 0.0, (*PAPERS, "lora-rate"), {}, "sst2-1000")._replace(seeds=5),
+    "mrpc": of_glue("mrpc", None, 0.0, (*PAPERS, *RATES), {}, "sst2-1000")._replace(seeds=5),
     "gsm8k": Cell("gsm8k", 3, UNTUNED, {"limit": 500, "eval_limit": 1000, "max_new_tokens": 256}),
     "cola-2000": COLA(2000, 0.0, MAIN), "cola-2000-noise30": COLA(2000, 0.3, MAIN),
     "sst2-250-noise30": SST2(250, 0.3, MAIN, tuned_on=NOISY),

@@ -60,7 +60,8 @@ def spearman(x, y):
 # ------------------------------------------------------------------------- tables and figure
 
 DERIVED = STOPPED, BEST = "lora, epoch chosen on held", "lora, best epoch"
-CHEAP = ("label-smoothing", "head-decay", "lora-rate", STOPPED)  # explanations without a perturbation
+CHEAP = ("label-smoothing", "head-decay", "lora-rate", STOPPED)  # without a perturbation
+BESIDE = [("lora-sam", row) for row in (*DERIVED, "lora-rate")] + [("lora-sam-rate", "lora-rate")]
 
 def rows_of(cell):
     """A cell's rows, and those that come from LoRA's runs, where each epoch is scored."""
@@ -115,10 +116,10 @@ def table(found, cell, part):
     compared = sum(bool(line[4]) and line[0] != BEST for line in lines)
     seeds = len(scores_of(found, cell, "lora", part))
     beyond = ""
-    for other in [row for row in rows_of(cell) if row in ("lora-rate", *DERIVED)]:
-        gain = list(difference(found, cell, "lora-sam", other, part).values())
-        if len(gain) > 1:
-            beyond += f" lora-sam minus {other}: {number(*interval(gain), '+')}, not in the plan."
+    for one, other in BESIDE:
+        gain = list(difference(found, cell, one, other, part).values())
+        if {one, other} <= set(rows_of(cell)) and len(gain) > 1:
+            beyond += f" {one} minus {other}: {number(*interval(gain), '+')}, not in the plan."
     what = "loss of a token, less is better" if part == "gold" else "last epoch"
     return (f"\n## {cell}, {part}\n\n{body}\n\n{what}; n = {seeds} seeds; 95 % intervals; "
             f"{compared} comparisons; {diverged(found, cell)} runs diverged, tuning included."

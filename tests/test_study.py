@@ -263,9 +263,10 @@ def test_every_row_and_contrast_of_the_plan_is_in_the_note():
 
 
 def test_budgets():
-    """Runs of the tuning: three radii for all, and plain Bi-LoRA's rates beside."""
+    """Settings: three for all; radii and rates of plain Bi-LoRA, and where both are tuned."""
     counts = {row: len(study_plan.combinations(ROWS[row])) for row in study.tuned_rows(ALL)}
-    assert counts.pop("bi-lora") == 12 and set(counts.values()) == {3}
+    assert counts.pop("bi-lora") == 12 and counts.pop("lora-sam-rate") == 9
+    assert set(counts.values()) == {3}
 
 
 def made_up_runs(row, scores):
