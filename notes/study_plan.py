@@ -109,7 +109,7 @@ ROWS = {
     "lora-sam-rate": Row("lora-sam", {"rho": RADII, "rate": SLOWER})}
 UNTUNED = ("lora", "lora-sam-paper", "bi-lora-paper", "head-sam-untuned")
 ALL = tuple(name for name in ROWS if name != "head-sam-untuned")
-MAIN = (*ALL[:7], "rwp-lora")
+MAIN = (*ALL[:7], "rwp-lora", "lora-rate")
 PAPERS, RATES = ALL[:6], ("lora-rate", "lora-sam-rate")
 
 class Cell(NamedTuple):
