@@ -61,6 +61,7 @@ def spearman(x, y):
 
 DERIVED = STOPPED, BEST = "lora, epoch chosen on held", "lora, best epoch"
 CHEAP = ("label-smoothing", "head-decay", "lora-rate", STOPPED)  # without a perturbation
+# Pairs of rows whose difference stands below a table.
 BESIDE = [("lora-sam", row) for row in (*DERIVED, "lora-rate")] + [("lora-sam-rate", "lora-rate")]
 
 def rows_of(cell):
@@ -297,7 +298,7 @@ MARK = re.compile(r"^<!-- study: (\S+) (.*?) -->\n.*?^<!-- end -->\n", re.DOTALL
 def filled(text, found):
     """The text with its tables made anew: between `<!-- study: CELLS ROWS -->` and `<!-- end -->`;
     CELLS and ROWS have commas between them, ROWS may be *.  One cell: setting, score, difference to
-    LoRA, sign test and rise; several: the differences."""
+    LoRA, sign test and rise (exact matches of word problems); several: the differences."""
     def new(match):
         cells, rows = match[1].split(","), match[2].split(",")
         if rows == ["*"]:

@@ -379,6 +379,21 @@ def test_a_table_of_made_up_runs():
     assert "| H3 | demo: lora-sam - lora | 2 | +0.2500 ±" in study_tables.contrasts(found)
 
 
+def test_a_table_compares_tuned_rates():
+    def runs(*scores):
+        return {str(i): {"scores": {"dev": [x], "held": [x]}} for i, x in enumerate(scores)}
+
+    found = {"chosen": {"demo": {"lora-sam": {"setting": {"rho": 0.2}},
+                                 "lora-rate": {"setting": {"rate": 0.3}},
+                                 "lora-sam-rate": {"setting": {"rho": 0.05, "rate": 0.3}}}},
+             "runs": {"demo": {"lora": runs(0.5, 0.5), "lora-sam_rho-0.2": runs(0.8, 0.9),
+                               "lora_rate-0.3": runs(0.6, 0.5),
+                               "lora-sam_rho-0.05_rate-0.3": runs(0.6, 0.6)}}}
+    text, half = study_tables.table(found, "demo", "dev"), 12.7062 * 0.05  # half of 0.1 apart
+    assert f"lora-sam minus lora-rate: +0.3000 ± {2 * half:.4f}, not in the plan" in text
+    assert f"lora-sam-rate minus lora-rate: +0.0500 ± {half:.4f}, not in the plan" in text
+
+
 def test_a_change_of_gain_is_paired_by_seed():
     def runs(lora, sam):
         return {"lora": {str(i): {"scores": {"rest": [x]}} for i, x in enumerate(lora)},
