@@ -36,7 +36,7 @@ def train(args, method, seed, data, folder, progress):
     """One method, one seed: train, score, leave a run folder.  Returns what is in metrics.json."""
     count = min(args.limit or len(data.rows), len(data.rows))
     rows = random.Random(f"limit-{seed}").sample(data.rows, count)
-    plan = plan_batches(args, seed, [len(row[0]) for row in rows])  # every batch of every epoch
+    plan = plan_batches(args, seed, [row_length(row) for row in rows])  # every batch of every epoch
     run = prepare(args, method, seed, partial(build_model, args, data), folder, len(plan))
     progress(len(run.log))
     for step in range(len(run.log), len(plan)):  # a resumed run begins where its log ends
@@ -71,6 +71,11 @@ def forward_backward(args, model, data, batch):
         total = total + loss.detach()
     sum_over_processes([total], model)
     return total
+
+def row_length(row):
+    """Tokens of prompt and answer."""
+    prompt, answer, _ = row
+    return len(prompt) + len(answer)
 
 def row_losses(model, data, batch):
     """-log p(answer | prompt) of each row, (B,), summed over the answer's tokens."""
@@ -181,7 +186,7 @@ def load(args):
         examples = read_metamath(train_file, tokenizer, config.eos_id)
     else:
         examples = encode(tokenizer, read_jsonl(train_file), config.eos_id)
-    rows = [row for row in examples if len(row[0]) + len(row[1]) <= args.max_length]
+    rows = [row for row in examples if row_length(row) <= args.max_length]
     notes = []
     if len(rows) < len(examples):
         notes.append(f"{train_file}: {len(examples) - len(rows)} rows of more than "

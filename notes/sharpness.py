@@ -128,24 +128,25 @@ class Run:
         count = min(self.options.rows, len(self.rows))
         return random.Random(self.options.seed).sample(self.rows, count)
 
+    def length(self, row):
+        """By it rows share a batch."""
+        return len(row[0]) if self.script is train_glue else train_gsm8k.row_length(row)
+
     @cached_property
     def batches(self):
         """Training batches, as large as the run's."""
-        plan = plan_batches(self.args, self.options.seed + 1, [len(row[0]) for row in self.rows])
+        lengths = [self.length(row) for row in self.rows]
+        plan = plan_batches(self.args, self.options.seed + 1, lengths)
         return [[self.rows[i] for i in batch] for _, batch in plan[:self.options.batches]]
 
     def losses(self, rows, size=32):
         """The mean loss over the rows, in shares."""
-        rows = sorted(rows, key=lambda row: len(row[0]))  # less padding
+        rows = sorted(rows, key=self.length)  # less padding
         shares = [rows[i:i + size] for i in range(0, len(rows), size)]
         return [partial(self.share, share, self.count(rows)) for share in shares]
 
     def share(self, rows, count):
-        if self.script is train_glue:
-            return train_glue.row_losses(self.model, self.data, rows).sum() / count
-        (prompts, answers, _), device = zip(*rows), self.args.device
-        losses = train_glue.answer_losses(self.model, prompts, answers, self.data.pad_id, device)
-        return losses.sum() / count
+        return self.script.row_losses(self.model, self.data, rows).sum() / count
 
     def count(self, rows):
         """What the mean is over: the rows, or the tokens of their answers."""
@@ -533,7 +534,7 @@ def measure_f(run, options):
 def watch_ascent(run, name, epochs, method, ascent, eta2):
     changed = {"epochs": epochs, "aux_lr": eta2, "ascent": ascent}
     args, rows, history = argparse.Namespace(**{**vars(run.args), **changed}), [], []
-    plan = plan_batches(args, run.seed, [len(row[0]) for row in run.rows])
+    plan = plan_batches(args, run.seed, [run.length(row) for row in run.rows])
     training = run.training = run.prepared(method, args, len(plan))
     weights = [layer.weight for layer in run.layers]
     for _, indices in tqdm(plan, desc=f"f, {name}", leave=False, disable=None):

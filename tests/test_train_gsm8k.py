@@ -350,13 +350,17 @@ def test_metamath_bf16_and_limits(folders):
 
 
 def test_the_limit_is_drawn_by_the_seed(folders, monkeypatch):
-    drawn = {}
+    """And rows share a batch by the tokens of prompt and answer together."""
+    drawn, loaded, load = {}, [], train_gsm8k.load
+    monkeypatch.setattr(train_gsm8k, "load", lambda args: loaded.append(load(args)) or loaded[-1])
     monkeypatch.setattr(train_gsm8k, "plan_batches", lambda args, seed, lengths: (
         drawn.setdefault(seed, []).append(lengths) or train_glue.plan_batches(args, seed, lengths)))
     run = [*RUN, "--limit", "12", "--epochs", "1", "--eval-limit", "1", "--method", "lora"]
     main([*run, "--seeds", "0", "1", "--out", "out"])
     main([*run, "--out", "again"])
     assert drawn[0][0] == drawn[0][1] != drawn[1][0] and len(drawn[0][0]) == 12
+    rows = random.Random("limit-0").sample(loaded[0].rows, 12)
+    assert drawn[0][0] == [len(prompt + answer) for prompt, answer, _ in rows]
 
 
 @pytest.mark.parametrize("method", PAPERS)
