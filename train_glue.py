@@ -723,6 +723,10 @@ def train_all(args, load, train, data, folders, finished):
     """{(seed, method): result} of the runs that are not finished."""
     rows = min(args.limit or len(data.rows), len(data.rows))
     todo = {key: folder for key, folder in folders.items() if key not in finished}
+    kind, capability = torch.device(args.device).type, torch.backends.cpu.get_cpu_capability()
+    if args.bf16 and kind == "cpu" and capability == "AVX2":  # oneDNN has kernels from AVX-512 on
+        data.notes.append("this CPU has no AVX-512: bfloat16 is many times slower than float32 "
+                          "(--no-bf16)")
     if RANK == 0:
         print("\n".join([*data.notes, f"{args.task}: {rows} training rows; {len(todo)} runs to "
                          f"train in {args.out}, {len(finished)} are finished"]))

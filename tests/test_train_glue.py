@@ -514,6 +514,14 @@ def test_a_cpu_trains_with_the_plain_attention_kernel_in_bfloat16_alone(glue_fol
         taken[True].clear()
     assert before and torch.backends.cuda.flash_sdp_enabled()
 
+@pytest.mark.parametrize("capability, words, told", [
+    ("AVX2", ["--bf16"], True), ("AVX2", ["--no-bf16"], False), ("AVX512", ["--bf16"], False)])
+def test_bfloat16_on_a_cpu_without_its_kernels_is_told(glue_folder, monkeypatch, capsys, capability,
+                                                       words, told):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    main([*ONE, "--epochs", "1", *words, "--out", "out"])
+    assert ("bfloat16 is many times slower" in capsys.readouterr().out) == told
+
 def test_the_files_of_a_checkpoint_have_one_order(glue_folder, monkeypatch):
     """Whatever order the file system lists them in, and whatever the folder is called."""
     shutil.copytree("bert", "bert[1]")
