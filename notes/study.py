@@ -266,7 +266,8 @@ def machine(args):
         with open("/proc/cpuinfo") as file:
             models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         name = models[0] if models else name
-    return f"{name}, torch {torch.__version__}"
+    kind = torch.backends.cpu.get_cpu_capability()  # it decides how sums are rounded
+    return f"{name}, {kind}, torch {torch.__version__}"
 
 
 # ------------------------------------------------------------------------------------ choices
