@@ -200,7 +200,7 @@ CONTRASTS = {  # {hypothesis: [[(cell, row, row that is subtracted), and one tha
 
 FLAT = ("lora", "lora-sam", "bi-lora", "rwp-lora", "head-sam")  # H5's rows, in cell 2
 FLAT_SEEDS = 3
-LAB = (*ALL[:5], "bi-lora-adamw", "bi-lora-power")  # what notes 3 to 6 look into
+LAB = (*ALL[:5], "bi-lora-adamw", "bi-lora-power", *RATES)  # what notes 3 to 6 look into
 
 CURVES = {"training rows, 30 % wrong labels": ("sst2-250-noise30", NOISY, "sst2-4000-noise30"),
           "wrong labels, 1,000 rows": ("sst2-1000", "sst2-1000-noise15", NOISY)}
