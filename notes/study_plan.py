@@ -145,6 +145,7 @@ def of_rank(rank, aux_rank, rows):
 
 CELLS |= {f"demo-r{r}": of_rank(r, r, ("lora", "lora-sam", "bi-lora")) for r in (2, 4, 16)}
 CELLS |= {f"demo-aux{r}": of_rank(8, r, ("lora", "bi-lora")) for r in (2, 4, 16)}
+RANKS = ("demo-r2", "demo-r4", "demo", "demo-r16", "demo-aux2", "demo-aux4", "demo-aux16")
 
 def sets_of(cell):
     """Names of the evaluation files; the first one is scored in every epoch of every method."""

@@ -13,7 +13,7 @@ import statistics
 import numpy as np
 from matplotlib.figure import Figure
 
-from study_plan import (ALL, CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY, ROWS,
+from study_plan import (ALL, CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY, RANKS, ROWS,
                         folder_name, setting_in, sets_of)
 
 
@@ -298,12 +298,15 @@ MARK = re.compile(r"^<!-- study: (\S+) (.*?) -->\n.*?^<!-- end -->\n", re.DOTALL
 def filled(text, found):
     """The text with its tables made anew: between `<!-- study: CELLS ROWS -->` and `<!-- end -->`;
     CELLS and ROWS have commas between them, ROWS may be *.  One cell: setting, score, difference to
-    LoRA, sign test and rise (exact matches of word problems); several: the differences."""
+    LoRA, sign test and rise (exact matches of word problems); several: the differences.  `ranks`
+    in place of CELLS: the demo with other ranks."""
     def new(match):
         cells, rows = match[1].split(","), match[2].split(",")
         if rows == ["*"]:
             rows = rows_of(cells[0])
-        if len(cells) == 1:
+        if cells == ["ranks"]:
+            lines = ranks(found, rows)
+        elif len(cells) == 1:
             lines = brief(found, cells[0], rows)
         else:
             lines = side_by_side(found, cells, rows)
@@ -349,6 +352,23 @@ def side_by_side(found, cells, rows):
             scores = [scores_of(found, cell, row, counting_set(cell)).values() for cell in cells]
             own = [f"{statistics.fmean(values):.3f}" if values else "" for values in scores]
         lines.append([f"`{row}`", *own])
+    return lines
+
+def ranks(found, rows):
+    """Lines of a table of the demo with other ranks: LoRA's score, its difference to LoRA's with the
+    demo's own, the rows' gains over LoRA, and standard deviations over the seeds, LoRA's first."""
+    lines = [["cell", "`lora`", "minus `demo`'s", *(f"`{row}`" for row in rows), "spread"]]
+    lines.append(["---"] * len(lines[0]))
+    own = scores_of(found, "demo", "lora", "dev")
+    for cell in RANKS:
+        scores = [list(scores_of(found, cell, row, "dev").values()) for row in ("lora", *rows)]
+        change = list(minus(scores_of(found, cell, "lora", "dev"), own).values())
+        if len(change) > 1:
+            mean, half = interval(change)
+            lines.append([f"`{cell}`", f"{statistics.fmean(scores[0]):.3f}",
+                          "" if cell == "demo" else f"{mean:+.3f} ± {half:.3f}",
+                          *(short(found, cell, row) for row in rows),
+                          ", ".join(f"{statistics.stdev(values):.3f}" for values in scores if values)])
     return lines
 
 def all_tables(found):

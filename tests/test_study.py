@@ -447,6 +447,24 @@ def test_a_table_of_a_note_by_hand():
         "| `lora-sam-paper` (n = 1) | rho 0.01 | 0.600 |  | 1 of 1 |  |")
 
 
+def test_a_table_of_ranks_by_hand():
+    def runs(*scores):
+        return {str(i): {"scores": {"dev": [x]}} for i, x in enumerate(scores)}
+
+    found = {"chosen": {"demo": {"lora-sam": {"setting": {"rho": 0.2}}}}, "runs": {
+        "demo": {"lora": runs(0.5, 0.7), "lora-sam_rho-0.2": runs(0.7, 0.8)},
+        "demo-r2": {"lora": runs(0.8, 0.9), "lora-sam_rho-0.2": runs(0.7, 0.9)},
+        "demo-aux4": {"lora": runs(0.5, 0.7)}}}
+    half = 12.7062 * 0.05  # of two values that are 0.1 apart
+    marks = "<!-- study: ranks lora-sam -->\n<!-- end -->\n"
+    assert study_tables.filled(marks, found).splitlines()[1:-1] == [
+        "| cell | `lora` | minus `demo`'s | `lora-sam` | spread |",
+        "| --- | --- | --- | --- | --- |",
+        f"| `demo-r2` | 0.850 | +0.250 ± {half:.3f} | -0.050 ± {half:.3f} | 0.071, 0.141 |",
+        f"| `demo` | 0.600 |  | +0.150 ± {half:.3f} | 0.141, 0.071 |",
+        "| `demo-aux4` | 0.600 | +0.000 ± 0.000 |  | 0.141 |"]
+
+
 def test_a_table_of_word_problems_has_the_gold_answers_loss_and_the_exact_matches():
     def runs(*pairs):
         return {str(i): {"scores": {"gold": [loss], "test": [share]}, "rise": None}
