@@ -355,7 +355,7 @@ def side_by_side(found, cells, rows):
     return lines
 
 def ranks(found, rows):
-    """Lines of a table of the demo with other ranks: LoRA's score, its difference to LoRA's with the
+    """Lines of a table of the demo with other ranks: LoRA's score, its difference to that with the
     demo's own, the rows' gains over LoRA, and standard deviations over the seeds, LoRA's first."""
     lines = [["cell", "`lora`", "minus `demo`'s", *(f"`{row}`" for row in rows), "spread"]]
     lines.append(["---"] * len(lines[0]))
