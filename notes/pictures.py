@@ -121,7 +121,8 @@ def draw_c(results, path):
         for i, runs in enumerate(results.values()):
             values = mean_stderr([run[space]["eigenvalue"] for run in runs.values()])
             right.bar([i], [values["mean"]], yerr=[values["stderr"] or 0], color=f"C{i}")
-        right.set_xticks(range(len(results)), list(results), fontsize=8)
+        right.set_xticks(range(len(results)), list(results),
+                         fontsize=8, rotation=30, ha="right")
         named(left, "radius", "worst loss increase", f"{space} space")
         radii = first(first(results))[space]["radii"]
         left.set_xscale("log")
