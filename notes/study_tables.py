@@ -365,10 +365,10 @@ def ranks(found, rows):
         change = list(minus(scores_of(found, cell, "lora", "dev"), own).values())
         if len(change) > 1:
             mean, half = interval(change)
+            spread = [f"{statistics.stdev(values):.3f}" for values in scores if values]
             lines.append([f"`{cell}`", f"{statistics.fmean(scores[0]):.3f}",
                           "" if cell == "demo" else f"{mean:+.3f} ± {half:.3f}",
-                          *(short(found, cell, row) for row in rows),
-                          ", ".join(f"{statistics.stdev(values):.3f}" for values in scores if values)])
+                          *(short(found, cell, row) for row in rows), ", ".join(spread)])
     return lines
 
 def all_tables(found):
