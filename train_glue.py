@@ -1,6 +1,6 @@
 """Fine-tune a model with LoRA, LoRA-SAM and Bi-LoRA, over several seeds, and compare them.
 
-    python train_glue.py                                         # the demo: 75 s on two CPU cores
+    python train_glue.py                                         # the demo: minutes on a CPU
     python train_glue.py --task mrpc --model google-t5/t5-base   # GLUE; downloaded once
     python train_glue.py --task mrpc --model DIR --data DIR      # files that are there: no network
     torchrun --nproc-per-node=2 train_glue.py --task mrpc --model DIR    # each batch on two GPUs
