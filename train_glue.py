@@ -960,7 +960,7 @@ OPTIONS = [  # of both scripts: group, name, one of KINDS or argparse's own word
     ("run", "fsdp", bool, False, "deal the frozen weights out to torchrun's processes"),
     ("run", "jobs", int, 1, "runs at a time; above 1 each in a process of one thread"),
     ("run", "out", str, None, "folder of the results"),
-    ("run", "save-every", int, None, "steps between saved states, and where scores are due"),
+    ("run", "save-every", int, None, "steps between saved states; one more where scores are due"),
     ("run", "resume", bool, False, "take finished runs of --out, and go on with the others"),
     ("run", "overwrite", bool, False, "delete runs that are in --out already")]
 

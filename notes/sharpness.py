@@ -129,7 +129,7 @@ class Run:
         return random.Random(self.options.seed).sample(self.rows, count)
 
     def length(self, row):
-        """By it rows share a batch."""
+        """Tokens; rows of similar length share a batch."""
         return len(row[0]) if self.script is train_glue else train_gsm8k.row_length(row)
 
     @cached_property
