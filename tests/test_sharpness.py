@@ -403,6 +403,15 @@ def test_runs_of_the_other_script(tmp_path, monkeypatch, capsys):
     report = sharpness.main(["out", *small, "--parts", "b", "c", "e", "g", "--out", "figures"])
     assert list(report) == ["gsm8k-demo"] and report["gsm8k-demo"]["measured"].keys() == {*"bceg"}
     assert report["gsm8k-demo"]["measured"]["b"]["bi-lora"][0]["full"]["no_marker"] == [1.0, 1.0]
+    run, _ = a_run("bi-lora", "--rows", "4")
+    total, tokens = 0.0, 0
+    for prompt, answer, _ in run.sample:
+        logits = run.model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]
+        total += F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        tokens += len(answer)
+    assert sum(loss() for loss in run.losses(run.sample)).item() == pytest.approx(total / tokens)
+    lengths = [len(prompt + answer) for prompt, answer, _ in run.batches[0]]
+    assert lengths == sorted(len(prompt + answer) for prompt, answer, _ in run.rows)
 
 
 @pytest.mark.parametrize("argv, named", [
