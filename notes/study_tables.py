@@ -317,7 +317,7 @@ def filled(text, found):
 def brief(found, cell, rows):
     """Lines of a table of one cell, on the set that counts; of word problems the loss of a token of
     the gold answers, and in the last column the share of problems that were answered right."""
-    part = counting_set(cell)
+    part, digits = counting_set(cell), digits_of(cell)
     of_words = ("gold loss", "exact match") if part == "gold" else ("score", "rise")
     lines = [["row", "setting", of_words[0], "minus LoRA's", "higher", of_words[1]], ["---"] * 6]
     for row in [row for row in rows if scores_of(found, cell, row, part)]:
@@ -334,13 +334,17 @@ def brief(found, cell, rows):
         mean = f"{statistics.fmean(last):.3f}" if last else ""
         text = ", ".join(f"{key} {value}" for key, value in setting.items())
         name = f"`{row}`" + seeds_of(found, cell, row, part)
-        lines.append([name, text, f"{score:.3f}", gain, higher, mean])
+        lines.append([name, text, f"{score:.{digits}f}", gain, higher, mean])
     return lines
+
+def digits_of(cell):
+    """After the point: losses of word problems may differ by less than a thousandth."""
+    return 4 if counting_set(cell) == "gold" else 3
 
 def short(found, cell, row):
     """A row's gain over LoRA, "" before there are two seeds."""
-    gain = gain_of(found, cell, row)
-    return f"{gain[0]:+.3f} ± {gain[1]:.3f}" if gain else ""
+    gain, digits = gain_of(found, cell, row), digits_of(cell)
+    return f"{gain[0]:+.{digits}f} ± {gain[1]:.{digits}f}" if gain else ""
 
 def side_by_side(found, cells, rows):
     """Lines of a table of several cells: LoRA's score, and the differences to it."""

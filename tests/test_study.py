@@ -476,8 +476,8 @@ def test_a_table_of_word_problems_has_the_gold_answers_loss_and_the_exact_matche
     marks = "<!-- study: gsm8k * -->\n<!-- end -->\n"
     assert study_tables.filled(marks, found).splitlines()[1:-1] == [
         "| row | setting | gold loss | minus LoRA's | higher | exact match |",
-        "| --- | --- | --- | --- | --- | --- |", "| `lora` |  | 0.700 |  |  | 0.375 |",
-        f"| `lora-sam-paper` | rho 0.01 | 0.550 | -0.150 ± {half:.3f} | 0 of 2 | 0.625 |"]
+        "| --- | --- | --- | --- | --- | --- |", "| `lora` |  | 0.7000 |  |  | 0.375 |",
+        f"| `lora-sam-paper` | rho 0.01 | 0.5500 | -0.1500 ± {half:.4f} | 0 of 2 | 0.625 |"]
 
 
 def test_the_figures_show_the_gains(folder, monkeypatch, ticks):
