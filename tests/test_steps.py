@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 import sys
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -460,6 +460,36 @@ def test_lora_sam_step_eq_4(batch, rho):
         for factor, w, g in (("lora_B", B, gB2), ("lora_A", A, gA2)):
             assert_close(getattr(getattr(net, n), factor), w[n] - lr * g[n],
                          f"Eq. (4), the step along the gradient at w + eps, {n}.{factor}")
+
+
+def test_at_the_start_lora_sam_moves_A_against_lora():
+    """At B = 0 only eps_B gives A a gradient.  On a loss <G, W> with a constant G plain descent
+    takes A along -A G^T G, LoRA's second step along +A G^T G; AdamW's step is a whole one."""
+    def moved(step, steps, make):
+        torch.manual_seed(0)
+        layer = LoRALinear(nn.Linear(6, 5, bias=False, dtype=torch.float64), 2, 6).double()
+        G, x = torch.randn(5, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+        before, optimizer = layer.lora_A.detach().clone(), make([layer.lora_B, layer.lora_A])
+
+        def closure():
+            loss = (layer(x) * G.T).sum()  # <G, W>
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            step(optimizer, closure)
+        return layer.lora_A.detach() - before, before, G
+
+    lr, rho, s = 0.01, 1e-3, 3.0
+    plain, adamw = partial(torch.optim.SGD, lr=lr), partial(torch.optim.AdamW, lr=lr,
+                                                            weight_decay=0.0)
+    change, A, G = moved(partial(lora_sam_step, rho=rho), 1, plain)
+    length = s * (G @ A.T).norm()
+    torch.testing.assert_close(change, -lr * rho * s ** 2 / length * A @ G.T @ G, **close)
+    later, *_ = moved(lora_step, 2, plain)
+    torch.testing.assert_close(later, lr ** 2 * s ** 2 * A @ G.T @ G, **close)
+    whole, *_ = moved(partial(lora_sam_step, rho=rho), 1, adamw)
+    torch.testing.assert_close(whole, lr * change.sign(), rtol=1e-3, atol=0.0)
 
 
 def test_lora_sam_perturbs_only_params(batch):
