@@ -147,6 +147,15 @@ CELLS |= {f"demo-r{r}": of_rank(r, r, ("lora", "lora-sam", "bi-lora")) for r in 
 CELLS |= {f"demo-aux{r}": of_rank(8, r, ("lora", "bi-lora")) for r in (2, 4, 16)}
 RANKS = ("demo-r2", "demo-r4", "demo", "demo-r16", "demo-aux2", "demo-aux4", "demo-aux16")
 
+def of_demo(**settings):
+    """The demo with another n or another share of wrong labels, and its choices."""
+    return CELLS["demo"]._replace(rows=("lora", *GAINS, "lora-rate"), settings=settings,
+                                  tuned_on="demo")
+
+GAINS = ("lora-sam", "bi-lora", "rwp-lora", "head-sam")  # H4's methods
+CELLS |= {f"demo-{n}": of_demo(limit=n) for n in (500, 4000)}
+CELLS |= {"demo-noise0": of_demo(label_noise=0.0), "demo-noise15": of_demo(label_noise=0.15)}
+
 def sets_of(cell):
     """Names of the evaluation files; the first one is scored in every epoch of every method."""
     return ("dev", *(name for name in ("rest", "held") if name in cell.parts))
@@ -186,7 +195,6 @@ def setting_in(name, row, chosen):
 
 # --------------------------------------------------------------------------------- contrasts
 
-GAINS = ("lora-sam", "bi-lora", "rwp-lora", "head-sam")
 FIRST = ("demo", NOISY)
 CONTRASTS = {  # {hypothesis: [[(cell, row, row that is subtracted), and one that is subtracted]]}
     "H1": [[(cell, "bi-lora-paper", "lora")] for cell in (*FIRST, "sst2-1000", "mrpc")],
