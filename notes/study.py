@@ -43,7 +43,7 @@ import train_gsm8k
 from bilora import add_lora, load_adapter
 from model import read_json, read_safetensors, require, write_text
 from study_plan import (CELLS, FLAT, FLAT_SEEDS, LAB, ROWS, TUNING_SEEDS, combinations,
-                        folder_name, install, script_of, setting_in)
+                        folder_name, full_settings, install, script_of, setting_in)
 from study_tables import all_tables, counting_set, draw_curves, draw_gains, filled
 from train_glue import SETTINGS, TASKS, Parser, begin, evaluate, read_tsv, run_all
 
@@ -61,7 +61,7 @@ def write_parts(cell, source, folder):
     """The cell's files in the task's own layout: parts of source/train.tsv, which share no text
     with each other or with dev.tsv, and dev.tsv as it is."""
     task = TASKS[cell.task]
-    noise = {**task.settings, **cell.settings}.get("label_noise", 0.0)
+    noise = full_settings(cell).get("label_noise", 0.0)
     header, lines = distinct_lines(task, source)
     random.Random("study").shuffle(lines)
     os.makedirs(folder, exist_ok=True)

@@ -163,14 +163,17 @@ def sets_of(cell):
 def script_of(cell):
     return train_gsm8k if cell.task == "gsm8k" else train_glue
 
+def full_settings(cell):
+    """{option: value} of a cell of sentences: its task's own, and its own above them."""
+    return {**TASKS[cell.task].settings, **cell.settings}
+
 def install():
     """Put cells and controls into the scripts' tables, in this process."""
     for name, cell in CELLS.items():
         if cell.task == "gsm8k":
             train_gsm8k.TASKS["study-" + name] = {**train_gsm8k.TASKS["gsm8k"], **cell.settings}
             continue
-        task = TASKS[cell.task]
-        settings = {**task.settings, **cell.settings}
+        task, settings = TASKS[cell.task], full_settings(cell)
         TASKS["study-" + name] = task._replace(folder="", dev=sets_of(cell), settings=settings)
         SETTINGS["study-" + name] = settings
     methods.add(CONTROLS)
@@ -206,10 +209,16 @@ CONTRASTS = {  # {hypothesis: [[(cell, row, row that is subtracted), and one tha
     "H6": [[(cell, a, b)] for cell in FIRST for a, b in (
         ("lora-sam", "sam-other"), ("lora-sam", "s2sam-same"), ("lora-sam", "rwp-norm"),
         ("sam-half", "sam-other"))]}
+NOT_PLANNED = [  # H4's changes on the demo
+    [(more, row, "lora"), (less, row, "lora")] for row in (*GAINS, "lora-rate")
+    for more, less in (("demo", "demo-noise0"), ("demo-500", "demo-4000"))]
 
 FLAT = ("lora", "lora-sam", "bi-lora", "rwp-lora", "head-sam")  # H5's rows, in cell 2
 FLAT_SEEDS = 3
 LAB = (*ALL[:5], "bi-lora-adamw", "bi-lora-power", *RATES)  # what notes 3 to 6 look into
 
-CURVES = {"training rows, 30 % wrong labels": ("sst2-250-noise30", NOISY, "sst2-4000-noise30"),
-          "wrong labels, 1,000 rows": ("sst2-1000", "sst2-1000-noise15", NOISY)}
+CURVES = {  # {a panel's title: (the setting on its axis, cells)}
+    "demo, 2,000 rows": ("label_noise", ("demo-noise0", "demo-noise15", "demo")),
+    "SST-2, 1,000 rows": ("label_noise", ("sst2-1000", "sst2-1000-noise15", NOISY)),
+    "demo, 30 % wrong": ("limit", ("demo-500", "demo", "demo-4000")),
+    "SST-2, 30 % wrong": ("limit", ("sst2-250-noise30", NOISY, "sst2-4000-noise30"))}

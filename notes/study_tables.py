@@ -13,8 +13,8 @@ import statistics
 import numpy as np
 from matplotlib.figure import Figure
 
-from study_plan import (ALL, CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY, RANKS, ROWS,
-                        folder_name, setting_in, sets_of)
+from study_plan import (ALL, CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY, NOT_PLANNED,
+                        RANKS, ROWS, folder_name, full_settings, setting_in, sets_of)
 
 
 # --------------------------------------------------------------------------------- statistics
@@ -160,6 +160,7 @@ def contrasts(found):
         said[hypothesis] = outcome([word for _, word in judged])
     others = [cell for cell in found.get("flat", {}) if cell != NOISY]
     lines += [correlation(found, "not the plan's", cell, 1)[0] for cell in others]
+    lines += [contrast(found, "not the plan's", item, 1)[0] for item in NOT_PLANNED]
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     words = "".join(f"- {hypothesis}: {said[hypothesis]}\n" for hypothesis in said)
     return (f"\n## Contrasts\n\n{body}\nThe level of an interval is 1 - 0.05 / k, with k contrasts "
@@ -270,24 +271,35 @@ def colour_of(row):
     return "C0" if ROWS[row].method in ("lora-sam", "bi-lora") else "C7"
 
 def draw_curves(found, path):
-    """Gain over LoRA against n and noise on SST-2, a line a row, with 95 % intervals; nothing where
-    no curve has two cells yet."""
-    if not any(sum(cell in found["runs"] for cell in cells) > 1 for cells in CURVES.values()):
+    """Gain over LoRA against n and the share of wrong labels, a line a row, with 95 % intervals.
+    Rows, panels and files of fewer than two points are left out."""
+    panels = [(title, key, lines) for title, (key, cells) in CURVES.items()
+              if (lines := curves(found, key, cells))]
+    if not panels:
         return
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axis, (label, cells) in zip(figure.subplots(1, 2, sharey=True), CURVES.items()):
-        key = "limit" if cells[0] == "sst2-250-noise30" else "label_noise"
-        for place, row in enumerate(MAIN[1:]):
-            gains_of = {cell: gain_of(found, cell, row) for cell in cells}
-            points = [(CELLS[cell].settings[key], *gain) for cell, gain in gains_of.items() if gain]
-            if points:
-                x, y, half = zip(*points)
-                axis.errorbar(x, y, half, marker="o", capsize=3, label=row, color=f"C{place}")
+    figure, handles = Figure(figsize=(3 + 3 * len(panels), 4), layout="constrained"), {}
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, key, lines) in zip(axes, panels):
+        for row, points in lines.items():
+            x, y, half = zip(*points)
+            handles[row] = axis.errorbar(x, y, half, marker="o", capsize=3,
+                                         color=f"C{MAIN.index(row)}")
         axis.axhline(0, color="grey", linestyle=":")
-        axis.set(xlabel=label, xscale="log" if key == "limit" else "linear")
-    figure.supylabel("accuracy minus LoRA's")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+        axis.set(title=title, xscale="log" if key == "limit" else "linear",
+                 xlabel="training rows" if key == "limit" else "share of wrong labels")
+        ticks = sorted({point[0] for points in lines.values() for point in points})
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.minorticks_off()
+    axes[0].set_ylabel("accuracy minus LoRA's")
+    handles = {row: handles[row] for row in MAIN if row in handles}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     write_figure(figure, path)
+
+def curves(found, key, cells):
+    """{row: [(setting, gain, half of its interval)]} of the rows with two points or more."""
+    lines = {row: [(full_settings(CELLS[cell])[key], *gain) for cell in cells
+                   if (gain := gain_of(found, cell, row))] for row in MAIN[1:]}
+    return {row: points for row, points in lines.items() if len(points) > 1}
 
 def write_figure(figure, path):
     figure.savefig(path + ".tmp", format="png", dpi=100)

@@ -512,8 +512,19 @@ def test_the_figures_show_the_gains(folder, monkeypatch, ticks):
     assert axes[0].get_yticklabels()[place].get_text() == "lora-sam-paper"
     found["runs"]["sst2-1000"] = found["runs"]["sst2-1000-noise30"]
     study_tables.draw_curves(found, "curves.png")
-    bars = [bar for axis in figures[1].axes for bar in axis.containers]
-    assert [bar.lines[0].get_xdata().tolist() for bar in bars] == [[1000], [0.0, 0.3]]
+    found["runs"]["demo-4000"] = found["runs"]["demo"]
+    found["runs"]["demo"]["lora-sam_rho-0.2"] = found["runs"]["demo"]["lora-sam_rho-0.01"]
+    study_tables.draw_curves(found, "curves.png")
+    titles = "SST-2, 1,000 rows", "demo, 30 % wrong"
+    for figure, wanted, xs in ((figures[1], titles[:1], [[0.0, 0.3]]),
+                               (figures[2], titles, [[0.0, 0.3], [2000, 4000]])):
+        assert tuple(axis.get_title() for axis in figure.axes) == wanted
+        for axis, x in zip(figure.axes, xs):
+            (bar,) = axis.containers
+            assert bar.lines[0].get_xdata().tolist() == x
+            assert bar.lines[0].get_ydata() == pytest.approx([0.2, 0.2])
+            (segments,) = (lines.get_segments() for lines in bar.lines[2])
+            assert segments[1][:, 1] == pytest.approx([0.2 - half, 0.2 + half], rel=1e-4)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
