@@ -465,6 +465,24 @@ def test_a_table_of_ranks_by_hand():
         "| `demo-aux4` | 0.600 | +0.000 ± 0.000 |  | 0.141 |"]
 
 
+def test_how_gains_change_on_the_demo_by_hand():
+    """Within a seed: the gain with wrong labels less that without, and with few rows less that with
+    many."""
+    def runs(lora, lora_sam):
+        return {name: {str(i): {"scores": {"dev": [x]}} for i, x in enumerate(values)}
+                for name, values in (("lora", lora), ("lora-sam_rho-0.2", lora_sam))}
+
+    found = {"chosen": {"demo": {"lora-sam": {"setting": {"rho": 0.2}}}}, "runs": {
+        "demo": runs((0.5, 0.5), (0.8, 0.9)), "demo-noise0": runs((0.7, 0.8), (0.8, 0.9)),
+        "demo-500": runs((0.4, 0.4), (0.4, 0.5)), "demo-4000": runs((0.6, 0.7), (0.8, 0.8))}}
+    lines = study_tables.contrasts(found).splitlines()
+    for more, less, mean, error in (("demo", "demo-noise0", 0.25, 0.05),  # changes of 0.2 and 0.3
+                                    ("demo-500", "demo-4000", -0.1, 0.1)):  # of -0.2 and 0
+        name, half = f"{more}: lora-sam - lora; less {less}: lora-sam - lora", 12.7062 * error
+        (line,) = (line for line in lines if f"| {name} |" in line)
+        assert line.startswith(f"| not the plan's | {name} | 2 | {mean:+.4f} ± {half:.4f} |")
+
+
 def test_a_table_of_word_problems_has_the_gold_answers_loss_and_the_exact_matches():
     def runs(*pairs):
         return {str(i): {"scores": {"gold": [loss], "test": [share]}, "rise": None}
