@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from study_plan import (ALL, CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY, NOT_PLANNED,
-                        RANKS, ROWS, folder_name, full_settings, setting_in, sets_of)
+                        RADII, RANKS, RATES, ROWS, SLOWER, folder_name, full_settings, setting_in,
+                        sets_of)
 
 
 # --------------------------------------------------------------------------------- statistics
@@ -311,13 +312,16 @@ def filled(text, found):
     """The text with its tables made anew: between `<!-- study: CELLS ROWS -->` and `<!-- end -->`;
     CELLS and ROWS have commas between them, ROWS may be *.  One cell: setting, score, difference to
     LoRA, sign test and rise (exact matches of word problems); several: the differences.  `ranks`
-    in place of CELLS: the demo with other ranks."""
+    in place of CELLS: the demo with other ranks; `grid` in place of ROWS: radius and rate."""
     def new(match):
         cells, rows = match[1].split(","), match[2].split(",")
         if rows == ["*"]:
             rows = rows_of(cells[0])
         if cells == ["ranks"]:
             lines = ranks(found, rows)
+        elif rows == ["grid"]:
+            lines = [line for cell in cells for line in grid(found, cell)]
+            lines = [["cell", "radius", *(f"rate {rate}" for rate in SLOWER)], ["---"] * 5, *lines]
         elif len(cells) == 1:
             lines = brief(found, cells[0], rows)
         else:
@@ -385,6 +389,17 @@ def ranks(found, rows):
             lines.append([f"`{cell}`", f"{statistics.fmean(scores[0]):.3f}",
                           "" if cell == "demo" else f"{mean:+.3f} ± {half:.3f}",
                           *(short(found, cell, row) for row in rows), ", ".join(spread)])
+    return lines
+
+def grid(found, cell):
+    """Lines of a table of radius and rate: mean scores on `held` over the tuning seeds."""
+    means, lines = {}, []
+    for row in RATES:
+        means |= found["chosen"].get(cell, {}).get(row, {"means": {}})["means"]
+    for method, setting in ("lora", {}), *(("lora-sam", {"rho": rho}) for rho in RADII):
+        names = [folder_name(method, {**setting, "rate": rate}) for rate in SLOWER]
+        lines.append([f"`{cell}`", str(setting.get("rho", "0 (LoRA)")),
+                      *(f"{means[name]:.3f}" if name in means else "" for name in names)])
     return lines
 
 def all_tables(found):

@@ -465,6 +465,18 @@ def test_a_table_of_ranks_by_hand():
         "| `demo-aux4` | 0.600 | +0.000 ± 0.000 |  | 0.141 |"]
 
 
+def test_a_table_of_radius_and_rate_by_hand():
+    means = {"lora_rate-0.3": 0.61, "lora_rate-1": 0.6}
+    both = {"lora-sam_rho-0.05_rate-0.1": 0.5, "lora-sam_rho-0.2_rate-1": 0.7}
+    found = {"runs": {}, "chosen": {"demo": {"lora-rate": {"means": means},
+                                             "lora-sam-rate": {"means": both}}}}
+    marks = "<!-- study: demo grid -->\n<!-- end -->\n"
+    assert study_tables.filled(marks, found).splitlines()[1:-1] == [
+        "| cell | radius | rate 0.1 | rate 0.3 | rate 1 |", "| --- | --- | --- | --- | --- |",
+        "| `demo` | 0 (LoRA) |  | 0.610 | 0.600 |", "| `demo` | 0.01 |  |  |  |",
+        "| `demo` | 0.05 | 0.500 |  |  |", "| `demo` | 0.2 |  |  | 0.700 |"]
+
+
 def test_how_gains_change_on_the_demo_by_hand():
     """Within a seed: the gain with wrong labels less that without, and with few rows less that with
     many."""
