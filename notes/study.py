@@ -44,7 +44,7 @@ from bilora import add_lora, load_adapter
 from model import read_json, read_safetensors, require, write_text
 from study_plan import (CELLS, FLAT, FLAT_SEEDS, LAB, ROWS, TUNING_SEEDS, combinations,
                         folder_name, full_settings, install, script_of, setting_in)
-from study_tables import all_tables, counting_set, draw_curves, draw_gains, filled
+from study_tables import all_tables, counting_set, draw_curves, draw_fit, draw_gains, filled
 from train_glue import SETTINGS, TASKS, Parser, begin, evaluate, read_tsv, run_all
 
 NOTES = os.path.dirname(os.path.abspath(__file__))
@@ -394,6 +394,7 @@ def report(options):
     write_text(os.path.join(options.figures, "study.md"), text)
     draw_gains(found, os.path.join(options.figures, "study.png"))
     draw_curves(found, os.path.join(options.figures, "study-curves.png"))
+    draw_fit(found, os.path.join(options.figures, "study-fit.png"))
     for path in (PAGES if options.figures == FIGURES else ()):
         with open(path, encoding="utf-8") as file:
             page = file.read()

@@ -62,6 +62,7 @@ def spearman(x, y):
 
 DERIVED = STOPPED, BEST = "lora, epoch chosen on held", "lora, best epoch"
 CHEAP = ("label-smoothing", "head-decay", "lora-rate", STOPPED)  # without a perturbation
+MARKERS = {"lora": "s", "lora-sam": "^", "lora-rate": "D", "lora-sam-rate": "v"}  # in draw_fit
 # Pairs of rows whose difference stands below a table.
 BESIDE = [("lora-sam", row) for row in (*DERIVED, "lora-rate")] + [("lora-sam-rate", "lora-rate")]
 
@@ -125,7 +126,28 @@ def table(found, cell, part):
     what = "loss of a token, less is better" if part == "gold" else "last epoch"
     return (f"\n## {cell}, {part}\n\n{body}\n\n{what}; n = {seeds} seeds; 95 % intervals; "
             f"{compared} comparisons; {diverged(found, cell)} runs diverged, tuning included."
-            f"{beyond}\n")
+            f"{beyond}{orders(found, cell) if part == counting_set(cell) else ''}\n")
+
+def orders(found, cell):
+    """How well the training loss of the last epoch and the rise order the scores, over the rows
+    with all seeds and runs of their own; "" of fewer than ten."""
+    points = {point_of(found, cell, row) for row in CELLS[cell].rows
+              if not seeds_of(found, cell, row, counting_set(cell))}
+    points = [point for point in points if not any(map(math.isnan, point))]
+    if len(points) < 10:
+        return ""
+    loss, rise, score = zip(*points)
+    return (f" Rank correlation with the score over {len(points)} rows, not in the plan: last "
+            f"training loss {spearman(loss, score):+.2f}, rise {spearman(rise, score):+.2f}.")
+
+def point_of(found, cell, row):
+    """Means over a row's runs: (training loss of the last epoch, rise, score that counts); NaN
+    where a run has none, as it diverged."""
+    runs = runs_of(found, cell, row)[1].values()
+    return (statistics.fmean(kept.get("loss", [math.nan])[-1] for kept in runs),
+            statistics.fmean(math.nan if kept.get("rise") is None else kept["rise"]
+                             for kept in runs),
+            statistics.fmean(scores_of(found, cell, row, counting_set(cell)).values()))
 
 def line_of(found, cell, row, part):
     values = list(scores_of(found, cell, row, part).values())
@@ -263,6 +285,27 @@ def draw_gains(found, path):
         axis.locator_params(axis="x", nbins=5)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
+    write_figure(figure, path)
+
+def draw_fit(found, path):
+    """Score against the training loss of the last epoch, a panel for each cell of sentences with
+    all rows, a point for each row.  LoRA's own epochs are a line, from the second on."""
+    cells = [cell for cell in CELLS if CELLS[cell].rows == ALL and found["runs"].get(cell)]
+    figure = Figure(figsize=(1 + 4 * len(cells), 4), layout="constrained")
+    axes = figure.subplots(1, max(1, len(cells)), squeeze=False)[0]
+    for axis, cell in zip(axes, cells):
+        part, runs = counting_set(cell), runs_of(found, cell, "lora")[1].values()
+        epochs = [np.mean(values, axis=0)[1:] for values in zip(
+            *((kept["loss"], kept["scores"][part]) for kept in runs if "loss" in kept))]
+        axis.plot(*epochs, color="grey", linestyle=":", marker=".", label="LoRA's epochs")
+        for row in CELLS[cell].rows:
+            if scores_of(found, cell, row, part):
+                loss, _, score = point_of(found, cell, row)
+                axis.plot(loss, score, MARKERS.get(row, "o"), color=colour_of(row),
+                          label=row if row in MARKERS else None)
+        axis.set(title=cell, xlabel="training loss of the last epoch")
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend()
     write_figure(figure, path)
 
 def colour_of(row):

@@ -510,16 +510,53 @@ def test_a_table_of_word_problems_has_the_gold_answers_loss_and_the_exact_matche
         f"| `lora-sam-paper` | rho 0.01 | 0.5500 | -0.1500 ± {half:.4f} | 0 of 2 | 0.625 |"]
 
 
-def test_the_figures_show_the_gains(folder, monkeypatch, ticks):
-    """Mean and half of the interval of each row in each cell that was run; curves of two cells."""
-    figures = []
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn."""
+    drawn = []
 
     class Noted(study_tables.Figure):
         def __init__(self, **settings):
             super().__init__(**settings)
-            figures.append(self)
+            drawn.append(self)
 
     monkeypatch.setattr(study_tables, "Figure", Noted)
+    return drawn
+
+
+def test_the_training_loss_beside_the_score_by_hand(folder, figures):
+    """Means over two seeds; a row that diverged in one of them has no loss; rows that share their
+    runs count once in the rank correlation."""
+    def runs(loss, rise, score):
+        return {str(i): {"loss": [0.9, 0.8, loss + i], "rise": rise,
+                         "scores": {"dev": [0.1, 0.2 + i, score + i]}} for i in (0, 1)}
+
+    row_runs = {"lora": runs(0.1, 0.5, 0.6), "lora-sam_rho-0.01": runs(0.2, 0.4, 0.7)}
+    found = {"chosen": {"demo": {}}, "runs": {"demo": row_runs}}
+    assert "Rank" not in study_tables.table(found, "demo", "dev")
+    del row_runs["lora-sam_rho-0.01"]["0"]["loss"]
+    study_tables.draw_fit(found, "fit.png")
+    (axis,) = figures[0].axes
+    lines = {line.get_label(): line.get_xydata() for line in axis.lines}
+    assert lines["LoRA's epochs"] == pytest.approx(np.array([[0.8, 0.7], [0.6, 1.1]]))
+    assert lines["lora"] == pytest.approx(np.array([[0.6, 1.1]]))
+    assert np.isnan(axis.lines[2].get_xdata()) and axis.lines[2].get_ydata() == [1.2]
+    assert (folder / "fit.png").read_bytes().startswith(b"\x89PNG")
+    rows = [row for row in ALL if not ROWS[row].like]
+    for i, row in enumerate(rows):
+        setting = study_plan.combinations(ROWS[row])[0]
+        found["chosen"]["demo"][row] = {"setting": setting, "means": {}}
+        score = 0.5 + 0.01 * (i - 1.5 * (row == rows[-1]))  # the last two change places
+        row_runs[study_plan.folder_name(ROWS[row].method, setting)] = runs(i, -i, score)
+    n = len(rows) - 1  # both rows of LoRA-SAM have one setting here, and S2SAM's too
+    rho = 1 - 6 * 2 / (n * (n * n - 1))  # two ranks differ, by 1 each
+    text = study_tables.table(found, "demo", "dev")
+    assert (f"score over {n} rows, not in the plan: last training loss {rho:+.2f}, "
+            f"rise {-rho:+.2f}.") in text
+
+
+def test_the_figures_show_the_gains(folder, figures, ticks):
+    """Mean and half of the interval of each row in each cell that was run; curves of two cells."""
     found, scores = {"chosen": {}, "runs": {}}, {"lora": (0.5, 0.6, 0.5),
                                                  "lora-sam_rho-0.01": (0.6, 0.9, 0.7)}
     for cell, part in (("demo", "dev"), ("sst2-1000-noise30", "rest")):
