@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from study_plan import (ALL, CELLS, CONTRASTS, CURVES, FLAT, FLAT_SEEDS, MAIN, NOISY, NOT_PLANNED,
-                        RADII, RANKS, RATES, ROWS, SLOWER, folder_name, full_settings, setting_in,
-                        sets_of)
+                        RADII, RANKS, RATES, ROWS, SLOWER, TUNING_SEEDS, folder_name, full_settings,
+                        setting_in, sets_of)
 
 
 # --------------------------------------------------------------------------------- statistics
@@ -62,7 +62,9 @@ def spearman(x, y):
 
 DERIVED = STOPPED, BEST = "lora, epoch chosen on held", "lora, best epoch"
 CHEAP = ("label-smoothing", "head-decay", "lora-rate", STOPPED)  # without a perturbation
-MARKERS = {"lora": "s", "lora-sam": "^", "lora-rate": "D", "lora-sam-rate": "v"}  # in draw_fit
+STYLES = {"lora": {"marker": "D", "color": "C3"}, "lora-sam": {"marker": "^", "color": "C0"},
+          "bi-lora": {"marker": "o", "color": "C2"}, "others": {"marker": "o", "color": "grey"},
+          "label-smoothing": {"marker": "o", "color": "grey", "fillstyle": "none"}}  # in draw_fit
 # Pairs of rows whose difference stands below a table.
 BESIDE = [("lora-sam", row) for row in (*DERIVED, "lora-rate")] + [("lora-sam-rate", "lora-rate")]
 
@@ -129,25 +131,18 @@ def table(found, cell, part):
             f"{beyond}{orders(found, cell) if part == counting_set(cell) else ''}\n")
 
 def orders(found, cell):
-    """How well the training loss of the last epoch and the rise order the scores, over the rows
-    with all seeds and runs of their own; "" of fewer than ten."""
-    points = {point_of(found, cell, row) for row in CELLS[cell].rows
-              if not seeds_of(found, cell, row, counting_set(cell))}
-    points = [point for point in points if not any(map(math.isnan, point))]
+    """How well the rise orders the scores, over the rows with all seeds and runs of their own; ""
+    of fewer than ten."""
+    points = set()
+    for row in CELLS[cell].rows:
+        rises = [kept.get("rise") for kept in runs_of(found, cell, row)[1].values()]
+        if None not in rises and not seeds_of(found, cell, row, counting_set(cell)):
+            scores = scores_of(found, cell, row, counting_set(cell)).values()
+            points.add((statistics.fmean(rises), statistics.fmean(scores)))
     if len(points) < 10:
         return ""
-    loss, rise, score = zip(*points)
-    return (f" Rank correlation with the score over {len(points)} rows, not in the plan: last "
-            f"training loss {spearman(loss, score):+.2f}, rise {spearman(rise, score):+.2f}.")
-
-def point_of(found, cell, row):
-    """Means over a row's runs: (training loss of the last epoch, rise, score that counts); NaN
-    where a run has none, as it diverged."""
-    runs = runs_of(found, cell, row)[1].values()
-    return (statistics.fmean(kept.get("loss", [math.nan])[-1] for kept in runs),
-            statistics.fmean(math.nan if kept.get("rise") is None else kept["rise"]
-                             for kept in runs),
-            statistics.fmean(scores_of(found, cell, row, counting_set(cell)).values()))
+    return (f" Rank correlation of rise and score over {len(points)} rows: "
+            f"{spearman(*zip(*points)):+.2f}, not in the plan.")
 
 def line_of(found, cell, row, part):
     values = list(scores_of(found, cell, row, part).values())
@@ -288,25 +283,32 @@ def draw_gains(found, path):
     write_figure(figure, path)
 
 def draw_fit(found, path):
-    """Score against the training loss of the last epoch, a panel for each cell of sentences with
-    all rows, a point for each row.  LoRA's own epochs are a line, from the second on."""
+    """Accuracy on `held` against the training loss of the last epoch: a point for each setting of
+    the tuning, a panel for each cell with all rows.  A vertical line is at the loss of a model that
+    knows the right labels and the share of wrong ones."""
     cells = [cell for cell in CELLS if CELLS[cell].rows == ALL and found["runs"].get(cell)]
     figure = Figure(figsize=(1 + 4 * len(cells), 4), layout="constrained")
-    axes = figure.subplots(1, max(1, len(cells)), squeeze=False)[0]
-    for axis, cell in zip(axes, cells):
-        part, runs = counting_set(cell), runs_of(found, cell, "lora")[1].values()
-        epochs = [np.mean(values, axis=0)[1:] for values in zip(
-            *((kept["loss"], kept["scores"][part]) for kept in runs if "loss" in kept))]
-        axis.plot(*epochs, color="grey", linestyle=":", marker=".", label="LoRA's epochs")
-        for row in CELLS[cell].rows:
-            if scores_of(found, cell, row, part):
-                loss, _, score = point_of(found, cell, row)
-                axis.plot(loss, score, MARKERS.get(row, "o"), color=colour_of(row),
-                          label=row if row in MARKERS else None)
-        axis.set(title=cell, xlabel="training loss of the last epoch")
-    axes[0].set_ylabel("accuracy")
-    axes[0].legend()
+    for axis, cell in zip(figure.subplots(1, max(1, len(cells)), squeeze=False)[0], cells):
+        for method, style in STYLES.items():
+            axis.plot(*fits(found, cell, method), linestyle="none", label=method, **style)
+        wrong = full_settings(CELLS[cell]).get("label_noise")
+        if wrong:
+            known = -sum(share * math.log(share) for share in (wrong, 1 - wrong))
+            axis.axvline(known, color="grey", linestyle=":")
+        axis.set(title=cell, xlabel="training loss of the last epoch", ylabel="accuracy on held")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     write_figure(figure, path)
+
+def fits(found, cell, method):
+    """[training loss], [accuracy on held]: means over the tuning seeds, of each of its settings."""
+    points = []
+    for name, runs in found["runs"].get(cell, {}).items():
+        own = [runs[str(seed)] for seed in TUNING_SEEDS if "loss" in runs.get(str(seed), {})]
+        known = name.split("_")[0]
+        if (known if known in STYLES else "others") == method and len(own) == len(TUNING_SEEDS):
+            points.append([statistics.fmean(kept["loss"][-1] for kept in own),
+                           statistics.fmean(kept["scores"]["held"][-1] for kept in own)])
+    return list(zip(*points)) or [[], []]
 
 def colour_of(row):
     """One for the paper's methods, one for what explains a gain without a perturbation, and one."""

@@ -524,35 +524,48 @@ def figures(monkeypatch):
     return drawn
 
 
-def test_the_training_loss_beside_the_score_by_hand(folder, figures):
-    """Means over two seeds; a row that diverged in one of them has no loss; rows that share their
-    runs count once in the rank correlation."""
-    def runs(loss, rise, score):
-        return {str(i): {"loss": [0.9, 0.8, loss + i], "rise": rise,
-                         "scores": {"dev": [0.1, 0.2 + i, score + i]}} for i in (0, 1)}
+def test_the_picture_of_the_fit_by_hand(folder, figures):
+    """Means over the tuning seeds of each setting that has all three, under its method."""
+    def runs(*pairs):
+        return {str(100 + i): {"loss": [0.9, loss], "scores": {"held": [0.1, score]}}
+                for i, (loss, score) in enumerate(pairs)}
 
-    row_runs = {"lora": runs(0.1, 0.5, 0.6), "lora-sam_rho-0.01": runs(0.2, 0.4, 0.7)}
-    found = {"chosen": {"demo": {}}, "runs": {"demo": row_runs}}
-    assert "Rank" not in study_tables.table(found, "demo", "dev")
-    del row_runs["lora-sam_rho-0.01"]["0"]["loss"]
+    three = runs((0.1, 0.5), (0.2, 0.6), (0.3, 0.7))
+    found = {"chosen": {}, "runs": {"demo": {
+        "lora_rate-0.1": three, "lora-sam_rho-0.01": runs((0.4, 0.5), (0.4, 0.5), (0.7, 0.8)),
+        "bi-lora-power_rho-0.2": three, "bi-lora_rho-0.2_ratio-1": runs((0.1, 0.5), (0.2, 0.6)),
+        "label-smoothing_rho-0.1": {**three, "101": {"diverged": "", "scores": {"held": [0.5]}}},
+        "lora": {"0": {"loss": [0.9], "scores": {"held": [0.9]}}}}}}
     study_tables.draw_fit(found, "fit.png")
     (axis,) = figures[0].axes
-    lines = {line.get_label(): line.get_xydata() for line in axis.lines}
-    assert lines["LoRA's epochs"] == pytest.approx(np.array([[0.8, 0.7], [0.6, 1.1]]))
-    assert lines["lora"] == pytest.approx(np.array([[0.6, 1.1]]))
-    assert np.isnan(axis.lines[2].get_xdata()) and axis.lines[2].get_ydata() == [1.2]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert drawn.pop("lora") == drawn.pop("others") == [pytest.approx([0.2, 0.6])]
+    assert drawn.pop("lora-sam") == [pytest.approx([0.5, 0.6])]
+    assert drawn.pop("bi-lora") == drawn.pop("label-smoothing") == []
+    ((_, line),) = drawn.items()  # the entropy of 30 % wrong labels
+    assert line[0][0] == pytest.approx(-0.3 * np.log(0.3) - 0.7 * np.log(0.7))
     assert (folder / "fit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_how_the_rise_orders_the_scores_by_hand():
+    """Rows that share their runs count once, those without all seeds or a rise not at all."""
+    def runs(rise, score, seeds=(0, 1)):
+        return {str(i): {"rise": rise, "scores": {"dev": [score + i]}} for i in seeds}
+
+    found = {"chosen": {"demo": {}}, "runs": {"demo": {"lora": runs(0, 0.5)}}}
     rows = [row for row in ALL if not ROWS[row].like]
+    assert "Rank" not in study_tables.table(found, "demo", "dev")
     for i, row in enumerate(rows):
         setting = study_plan.combinations(ROWS[row])[0]
         found["chosen"]["demo"][row] = {"setting": setting, "means": {}}
         score = 0.5 + 0.01 * (i - 1.5 * (row == rows[-1]))  # the last two change places
-        row_runs[study_plan.folder_name(ROWS[row].method, setting)] = runs(i, -i, score)
-    n = len(rows) - 1  # both rows of LoRA-SAM have one setting here, and S2SAM's too
+        found["runs"]["demo"][study_plan.folder_name(ROWS[row].method, setting)] = runs(i, score)
+    found["runs"]["demo"]["head-decay_rho-1"] = runs(9, -9, (0,))
+    found["runs"]["demo"]["head-sam_rho-0.03"]["0"]["rise"] = None
+    n = len(rows) - 3  # both rows of LoRA-SAM have one setting here, and S2SAM's
     rho = 1 - 6 * 2 / (n * (n * n - 1))  # two ranks differ, by 1 each
-    text = study_tables.table(found, "demo", "dev")
-    assert (f"score over {n} rows, not in the plan: last training loss {rho:+.2f}, "
-            f"rise {-rho:+.2f}.") in text
+    wanted = f"Rank correlation of rise and score over {n} rows: {rho:+.2f}, not in the plan."
+    assert wanted in study_tables.table(found, "demo", "dev")
 
 
 def test_the_figures_show_the_gains(folder, figures, ticks):
