@@ -300,15 +300,17 @@ def draw_fit(found, path):
     write_figure(figure, path)
 
 def fits(found, cell, method):
-    """[training loss], [accuracy on held]: means over the tuning seeds, of each of its settings."""
+    """Training losses and accuracies on `held` of its settings, means over the tuning seeds."""
     points = []
     for name, runs in found["runs"].get(cell, {}).items():
         own = [runs[str(seed)] for seed in TUNING_SEEDS if "loss" in runs.get(str(seed), {})]
-        known = name.split("_")[0]
-        if (known if known in STYLES else "others") == method and len(own) == len(TUNING_SEEDS):
+        label = name.split("_")[0]
+        if label not in STYLES:
+            label = "others"
+        if label == method and len(own) == len(TUNING_SEEDS):
             points.append([statistics.fmean(kept["loss"][-1] for kept in own),
                            statistics.fmean(kept["scores"]["held"][-1] for kept in own)])
-    return list(zip(*points)) or [[], []]
+    return np.array(points).reshape(-1, 2).T
 
 def colour_of(row):
     """One for the paper's methods, one for what explains a gain without a perturbation, and one."""
