@@ -149,7 +149,7 @@ RANKS = ("demo-r2", "demo-r4", "demo", "demo-r16", "demo-aux2", "demo-aux4", "de
 
 def of_demo(**settings):
     """The demo with another n or another share of wrong labels, and its choices."""
-    return CELLS["demo"]._replace(rows=("lora", *GAINS, "lora-rate"), settings=settings,
+    return CELLS["demo"]._replace(rows=("lora", *GAINS, *RATES), settings=settings,
                                   tuned_on="demo")
 
 GAINS = ("lora-sam", "bi-lora", "rwp-lora", "head-sam")  # H4's methods
@@ -210,7 +210,7 @@ CONTRASTS = {  # {hypothesis: [[(cell, row, row that is subtracted), and one tha
         ("lora-sam", "sam-other"), ("lora-sam", "s2sam-same"), ("lora-sam", "rwp-norm"),
         ("sam-half", "sam-other"))]}
 NOT_PLANNED = [  # H4's changes on the demo
-    [(more, row, "lora"), (less, row, "lora")] for row in (*GAINS, "lora-rate")
+    [(more, row, "lora"), (less, row, "lora")] for row in (*GAINS, *RATES)
     for more, less in (("demo", "demo-noise0"), ("demo-500", "demo-4000"))]
 
 FLAT = ("lora", "lora-sam", "bi-lora", "rwp-lora", "head-sam")  # H5's rows, in cell 2
