@@ -147,12 +147,13 @@ CELLS |= {f"demo-r{r}": of_rank(r, r, ("lora", "lora-sam", "bi-lora")) for r in 
 CELLS |= {f"demo-aux{r}": of_rank(8, r, ("lora", "bi-lora")) for r in (2, 4, 16)}
 RANKS = ("demo-r2", "demo-r4", "demo", "demo-r16", "demo-aux2", "demo-aux4", "demo-aux16")
 
+GAINS = ("lora-sam", "bi-lora", "rwp-lora", "head-sam")  # H4's methods
+
 def of_demo(**settings):
     """The demo with another n or another share of wrong labels, and its choices."""
     return CELLS["demo"]._replace(rows=("lora", *GAINS, *RATES), settings=settings,
                                   tuned_on="demo")
 
-GAINS = ("lora-sam", "bi-lora", "rwp-lora", "head-sam")  # H4's methods
 CELLS |= {f"demo-{n}": of_demo(limit=n) for n in (500, 4000)}
 CELLS |= {"demo-noise0": of_demo(label_noise=0.0), "demo-noise15": of_demo(label_noise=0.15)}
 

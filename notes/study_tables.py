@@ -62,11 +62,15 @@ def spearman(x, y):
 
 DERIVED = STOPPED, BEST = "lora, epoch chosen on held", "lora, best epoch"
 CHEAP = ("label-smoothing", "head-decay", "lora-rate", STOPPED)  # without a perturbation
-STYLES = {"lora": {"marker": "D", "color": "C3"}, "lora-sam": {"marker": "^", "color": "C0"},
-          "bi-lora": {"marker": "o", "color": "C2"}, "others": {"marker": "o", "color": "grey"},
-          "label-smoothing": {"marker": "o", "color": "grey", "fillstyle": "none"}}  # in draw_fit
+CURVE_ROWS = (*MAIN, "lora-sam-rate")  # in draw_curves, each with a colour of its own
+STYLES = {  # in draw_fit, the last one on top
+    "others": {"marker": "o", "color": "grey"},
+    "label-smoothing": {"marker": "o", "color": "grey", "fillstyle": "none"},
+    "bi-lora": {"marker": "o", "color": "C2"}, "lora-sam": {"marker": "^", "color": "C0"},
+    "lora": {"marker": "D", "color": "C3"}}
 # Pairs of rows whose difference stands below a table.
-BESIDE = [("lora-sam", row) for row in (*DERIVED, "lora-rate")] + [("lora-sam-rate", "lora-rate")]
+BESIDE = [*(("lora-sam", row) for row in (*DERIVED, "lora-rate")), ("lora-rate", STOPPED),
+          ("lora-sam-rate", "lora-rate"), ("lora-sam-rate", "lora-sam")]
 
 def rows_of(cell):
     """A cell's rows, and those that come from LoRA's runs, where each epoch is scored."""
@@ -131,18 +135,28 @@ def table(found, cell, part):
             f"{beyond}{orders(found, cell) if part == counting_set(cell) else ''}\n")
 
 def orders(found, cell):
-    """How well the rise orders the scores, over the rows with all seeds and runs of their own; ""
-    of fewer than ten."""
-    points = set()
+    """The training loss of the rows' last epoch; and how well the rise orders the scores, over the
+    rows with LoRA's seeds and runs of their own, from ten rows on."""
+    losses, points = [], set()
     for row in CELLS[cell].rows:
-        rises = [kept.get("rise") for kept in runs_of(found, cell, row)[1].values()]
-        if None not in rises and not seeds_of(found, cell, row, counting_set(cell)):
+        runs = runs_of(found, cell, row)[1].values()
+        loss, rises = loss_of(runs), [kept.get("rise") for kept in runs]
+        if loss is not None:
+            losses.append(f"{row} {loss:.3f}")
+        if rises and None not in rises and not seeds_of(found, cell, row, counting_set(cell)):
             scores = scores_of(found, cell, row, counting_set(cell)).values()
             points.add((statistics.fmean(rises), statistics.fmean(scores)))
-    if len(points) < 10:
-        return ""
-    return (f" Rank correlation of rise and score over {len(points)} rows: "
-            f"{spearman(*zip(*points)):+.2f}, not in the plan.")
+    text = f" Training loss of the last epoch: {', '.join(losses)}."
+    if len(points) >= 10:
+        text += (f" Rank correlation of rise and score over {len(points)} rows: "
+                 f"{spearman(*zip(*points)):+.2f}, not in the plan.")
+    return text
+
+def loss_of(runs):
+    """Mean training loss of the last epoch; None where there is no run, or one diverged."""
+    if runs and all("loss" in kept for kept in runs):
+        return statistics.fmean(kept["loss"][-1] for kept in runs)
+    return None
 
 def line_of(found, cell, row, part):
     values = list(scores_of(found, cell, row, part).values())
@@ -182,7 +196,7 @@ def contrasts(found):
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     words = "".join(f"- {hypothesis}: {said[hypothesis]}\n" for hypothesis in said)
     return (f"\n## Contrasts\n\n{body}\nThe level of an interval is 1 - 0.05 / k, with k contrasts "
-            f"a hypothesis.\n\n{words}")
+            f"a hypothesis; of those that are not the plan's 0.95.\n\n{words}")
 
 def contrast(found, hypothesis, item, k):
     """(its line, what it says of the hypothesis).  It is open until all of its seeds are there."""
@@ -287,8 +301,11 @@ def draw_fit(found, path):
     the tuning, a panel for each cell with all rows.  A vertical line is at the loss of a model that
     knows the right labels and the share of wrong ones."""
     cells = [cell for cell in CELLS if CELLS[cell].rows == ALL and found["runs"].get(cell)]
+    if not cells:
+        return
     figure = Figure(figsize=(1 + 4 * len(cells), 4), layout="constrained")
-    for axis, cell in zip(figure.subplots(1, max(1, len(cells)), squeeze=False)[0], cells):
+    axes = figure.subplots(1, len(cells), squeeze=False)[0]
+    for axis, cell in zip(axes, cells):
         for method, style in STYLES.items():
             axis.plot(*fits(found, cell, method), linestyle="none", label=method, **style)
         wrong = full_settings(CELLS[cell]).get("label_noise")
@@ -296,20 +313,21 @@ def draw_fit(found, path):
             known = -sum(share * math.log(share) for share in (wrong, 1 - wrong))
             axis.axvline(known, color="grey", linestyle=":")
         axis.set(title=cell, xlabel="training loss of the last epoch", ylabel="accuracy on held")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     write_figure(figure, path)
 
 def fits(found, cell, method):
-    """Training losses and accuracies on `held` of its settings, means over the tuning seeds."""
+    """Training losses and accuracies on `held` of its settings, means over the tuning seeds; a
+    setting with a run that is missing, or diverged, is left out."""
     points = []
     for name, runs in found["runs"].get(cell, {}).items():
-        own = [runs[str(seed)] for seed in TUNING_SEEDS if "loss" in runs.get(str(seed), {})]
+        own = [runs[str(seed)] for seed in TUNING_SEEDS if str(seed) in runs]
         label = name.split("_")[0]
         if label not in STYLES:
             label = "others"
-        if label == method and len(own) == len(TUNING_SEEDS):
-            points.append([statistics.fmean(kept["loss"][-1] for kept in own),
-                           statistics.fmean(kept["scores"]["held"][-1] for kept in own)])
+        loss = loss_of(own)
+        if label == method and len(own) == len(TUNING_SEEDS) and loss is not None:
+            points.append([loss, statistics.fmean(kept["scores"]["held"][-1] for kept in own)])
     return np.array(points).reshape(-1, 2).T
 
 def colour_of(row):
@@ -321,33 +339,38 @@ def colour_of(row):
 def draw_curves(found, path):
     """Gain over LoRA against n and the share of wrong labels, a line a row, with 95 % intervals.
     Rows, panels and files of fewer than two points are left out."""
-    panels = [(title, key, lines) for title, (key, cells) in CURVES.items()
-              if (lines := curves(found, key, cells))]
+    panels = {title: curves(found, key, cells) for title, (key, cells) in CURVES.items()}
+    panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
         return
-    figure, handles = Figure(figsize=(3 + 3 * len(panels), 4), layout="constrained"), {}
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, key, lines) in zip(axes, panels):
+    figure = Figure(figsize=(3 + 3 * len(panels), 4), layout="constrained")
+    axes, handles = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], {}
+    for axis, (title, lines) in zip(axes, panels.items()):
+        of_rows = CURVES[title][0] == "limit"
         for row, points in lines.items():
             x, y, half = zip(*points)
             handles[row] = axis.errorbar(x, y, half, marker="o", capsize=3,
-                                         color=f"C{MAIN.index(row)}")
+                                         color=f"C{CURVE_ROWS.index(row)}")
         axis.axhline(0, color="grey", linestyle=":")
-        axis.set(title=title, xscale="log" if key == "limit" else "linear",
-                 xlabel="training rows" if key == "limit" else "share of wrong labels")
+        axis.set(title=title, xscale="log" if of_rows else "linear",
+                 xlabel="training rows" if of_rows else "share of wrong labels")
         ticks = sorted({point[0] for points in lines.values() for point in points})
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.minorticks_off()
     axes[0].set_ylabel("accuracy minus LoRA's")
-    handles = {row: handles[row] for row in MAIN if row in handles}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    drawn = [row for row in CURVE_ROWS if row in handles]
+    figure.legend([handles[row] for row in drawn], drawn, loc="outside right upper")
     write_figure(figure, path)
 
 def curves(found, key, cells):
     """{row: [(setting, gain, half of its interval)]} of the rows with two points or more."""
-    lines = {row: [(full_settings(CELLS[cell])[key], *gain) for cell in cells
-                   if (gain := gain_of(found, cell, row))] for row in MAIN[1:]}
-    return {row: points for row, points in lines.items() if len(points) > 1}
+    lines = {}
+    for row in CURVE_ROWS:
+        gains = {full_settings(CELLS[cell])[key]: gain_of(found, cell, row) for cell in cells}
+        points = [(x, *gain) for x, gain in gains.items() if gain]
+        if row != "lora" and len(points) > 1:
+            lines[row] = points
+    return lines
 
 def write_figure(figure, path):
     figure.savefig(path + ".tmp", format="png", dpi=100)

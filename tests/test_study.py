@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import same_color
 
 import train_glue
 import train_gsm8k
@@ -262,6 +263,27 @@ def test_every_row_and_contrast_of_the_plan_is_in_the_note():
         assert set(needed) <= set(CELLS[cell.tuned_on or name].rows), name
 
 
+def test_the_cells_that_were_added_and_their_contrasts():
+    """Of the demo with other n and other shares of wrong labels, written out."""
+    rows = ("lora", "lora-sam", "bi-lora", "rwp-lora", "head-sam", "lora-rate", "lora-sam-rate")
+    for name, n, noise in (("demo-500", 500, 0.3), ("demo-4000", 4000, 0.3),
+                           ("demo-noise0", 2000, 0.0), ("demo-noise15", 2000, 0.15)):
+        settings = study_plan.full_settings(CELLS[name])
+        assert (settings["limit"], settings["label_noise"]) == (n, noise), name
+        assert CELLS[name].rows == rows and CELLS[name].seeds == 20
+        assert CELLS[name].tuned_on == "demo"
+    assert study_plan.GAINS == ("lora-sam", "bi-lora", "rwp-lora", "head-sam")
+    changes = [("demo", "demo-noise0"), ("demo-500", "demo-4000")]
+    assert study_plan.NOT_PLANNED == [[(more, row, "lora"), (less, row, "lora")]
+                                      for row in rows[1:] for more, less in changes]
+    for key, cells in study_plan.CURVES.values():
+        values = [study_plan.full_settings(CELLS[cell])[key] for cell in cells]
+        assert len(cells) == 3 and values == sorted(values)
+        others = {"limit", "label_noise"} - {key}
+        assert len({study_plan.full_settings(CELLS[cell])[other]
+                    for cell in cells for other in others}) == 1
+
+
 def test_budgets():
     """Settings: three for all; radii and rates of plain Bi-LoRA, and where both are tuned."""
     counts = {row: len(study_plan.combinations(ROWS[row])) for row in study.tuned_rows(ALL)}
@@ -418,6 +440,8 @@ def test_the_tables_of_the_notes_are_those_of_the_record():
         assert study_tables.filled(text, record) == text, f"{path}: run python notes/study.py table"
         marks += len(study_tables.MARK.findall(text))
     assert marks >= 2
+    with open(os.path.join(study.FIGURES, "study.md"), encoding="utf-8") as file:
+        assert file.read() == study_tables.all_tables(record), "run python notes/study.py table"
 
 
 def test_a_table_of_a_note_by_hand():
@@ -536,14 +560,23 @@ def test_the_picture_of_the_fit_by_hand(folder, figures):
         "bi-lora-power_rho-0.2": three, "bi-lora_rho-0.2_ratio-1": runs((0.1, 0.5), (0.2, 0.6)),
         "label-smoothing_rho-0.1": {**three, "101": {"diverged": "", "scores": {"held": [0.5]}}},
         "lora": {"0": {"loss": [0.9], "scores": {"held": [0.9]}}}}}}
+    study_tables.draw_fit({"chosen": {}, "runs": {}}, "fit.png")
+    assert not figures and not list(folder.iterdir())
+    found["runs"]["sst2-1000"] = {"lora_rate-0.3": runs(*[(0.25, 0.75)] * 3)}
     study_tables.draw_fit(found, "fit.png")
-    (axis,) = figures[0].axes
+    axis, other = figures[0].axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert drawn.pop("lora") == drawn.pop("others") == [pytest.approx([0.2, 0.6])]
     assert drawn.pop("lora-sam") == [pytest.approx([0.5, 0.6])]
     assert drawn.pop("bi-lora") == drawn.pop("label-smoothing") == []
     ((_, line),) = drawn.items()  # the entropy of 30 % wrong labels
     assert line[0][0] == pytest.approx(-0.3 * np.log(0.3) - 0.7 * np.log(0.7))
+    points = [line for line in other.lines if len(line.get_xdata())]  # and no line without noise
+    assert [line.get_xydata().tolist() for line in points] == [[[0.25, 0.75]]]
+    assert points[0].get_label() == "lora" and points[0].get_marker() == "D"
+    assert [a.get_title() for a in (axis, other)] == ["demo", "sst2-1000"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("training loss of the last epoch",
+                                                      "accuracy on held")
     assert (folder / "fit.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -566,6 +599,8 @@ def test_how_the_rise_orders_the_scores_by_hand():
     rho = 1 - 6 * 2 / (n * (n * n - 1))  # two ranks differ, by 1 each
     wanted = f"Rank correlation of rise and score over {n} rows: {rho:+.2f}, not in the plan."
     assert wanted in study_tables.table(found, "demo", "dev")
+    del found["runs"]["demo"]["lora"]  # before LoRA has run
+    assert study_tables.table(found, "demo", "dev")
 
 
 def test_the_figures_show_the_gains(folder, figures, ticks):
@@ -592,8 +627,9 @@ def test_the_figures_show_the_gains(folder, figures, ticks):
     assert axes[0].get_yticklabels()[place].get_text() == "lora-sam-paper"
     found["runs"]["sst2-1000"] = found["runs"]["sst2-1000-noise30"]
     study_tables.draw_curves(found, "curves.png")
-    found["runs"]["demo-4000"] = found["runs"]["demo"]
-    found["runs"]["demo"]["lora-sam_rho-0.2"] = found["runs"]["demo"]["lora-sam_rho-0.01"]
+    found["chosen"]["demo"] = {"lora-sam": {"setting": {"rho": 0.2}}}
+    found["runs"]["demo-4000"] = demo = found["runs"]["demo"]
+    demo["lora-sam_rho-0.2"] = demo.pop("lora-sam_rho-0.01")
     study_tables.draw_curves(found, "curves.png")
     titles = "SST-2, 1,000 rows", "demo, 30 % wrong"
     for figure, wanted, xs in ((figures[1], titles[:1], [[0.0, 0.3]]),
@@ -601,10 +637,20 @@ def test_the_figures_show_the_gains(folder, figures, ticks):
         assert tuple(axis.get_title() for axis in figure.axes) == wanted
         for axis, x in zip(figure.axes, xs):
             (bar,) = axis.containers
-            assert bar.lines[0].get_xdata().tolist() == x
+            assert list(bar.lines[0].get_xdata()) == list(axis.get_xticks()) == x
             assert bar.lines[0].get_ydata() == pytest.approx([0.2, 0.2])
             (segments,) = (lines.get_segments() for lines in bar.lines[2])
             assert segments[1][:, 1] == pytest.approx([0.2 - half, 0.2 + half], rel=1e-4)
+    shares, rows = figures[2].axes
+    assert (shares.get_xscale(), shares.get_xlabel()) == ("linear", "share of wrong labels")
+    assert (rows.get_xscale(), rows.get_xlabel()) == ("log", "training rows")
+    assert [label.get_text() for label in rows.get_xticklabels()] == ["2,000", "4,000"]
+    colours = [axis.containers[0].lines[0].get_color() for axis in (shares, rows)]
+    (legend,) = figures[2].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["lora-sam-paper", "lora-sam"]
+    assert colours[0] != colours[1]
+    for handle, colour in zip(legend.legend_handles, colours, strict=True):
+        assert same_color(handle.get_color(), colour)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
