@@ -132,9 +132,9 @@ def table(found, cell, part):
     what = "loss of a token, less is better" if part == "gold" else "last epoch"
     return (f"\n## {cell}, {part}\n\n{body}\n\n{what}; n = {seeds} seeds; 95 % intervals; "
             f"{compared} comparisons; {diverged(found, cell)} runs diverged, tuning included."
-            f"{beyond}{orders(found, cell) if part == counting_set(cell) else ''}\n")
+            f"{beyond}{remarks(found, cell) if part == counting_set(cell) else ''}\n")
 
-def orders(found, cell):
+def remarks(found, cell):
     """The training loss of the rows' last epoch; and how well the rise orders the scores, over the
     rows with LoRA's seeds and runs of their own, from ten rows on."""
     losses, points = [], set()
@@ -463,9 +463,10 @@ def ranks(found, rows):
 
 def grid(found, cell):
     """Lines of a table of radius and rate: mean scores on `held` over the tuning seeds."""
-    means, lines = {}, []
+    choices, means, lines = found["chosen"].get(cell, {}), {}, []
     for row in RATES:
-        means |= found["chosen"].get(cell, {}).get(row, {"means": {}})["means"]
+        if row in choices:
+            means |= choices[row]["means"]
     for method, setting in ("lora", {}), *(("lora-sam", {"rho": rho}) for rho in RADII):
         names = [folder_name(method, {**setting, "rate": rate}) for rate in SLOWER]
         lines.append([f"`{cell}`", str(setting.get("rho", "0 (LoRA)")),
