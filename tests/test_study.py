@@ -272,10 +272,16 @@ def test_the_cells_that_were_added_and_their_contrasts():
         assert (settings["limit"], settings["label_noise"]) == (n, noise), name
         assert CELLS[name].rows == rows and CELLS[name].seeds == 20
         assert CELLS[name].tuned_on == "demo"
+    rounded, exact = CELLS["mrpc"], CELLS["mrpc-float32"]
+    assert rounded.settings["bf16"] and not exact.settings["bf16"]
+    assert exact.settings | {"bf16": True} == rounded.settings
+    assert exact == rounded._replace(rows=("lora", "lora-rate"), settings=exact.settings)
     assert study_plan.GAINS == ("lora-sam", "bi-lora", "rwp-lora", "head-sam")
     changes = [("demo", "demo-noise0"), ("demo-500", "demo-4000")]
-    assert study_plan.NOT_PLANNED == [[(more, row, "lora"), (less, row, "lora")]
-                                      for row in rows[1:] for more, less in changes]
+    *on_demo, last = study_plan.NOT_PLANNED
+    assert on_demo == [[(more, row, "lora"), (less, row, "lora")]
+                       for row in rows[1:] for more, less in changes]
+    assert last == [("mrpc", "lora-sam", "lora"), ("mrpc-float32", "lora-rate", "lora")]
     for key, cells in study_plan.CURVES.values():
         values = [study_plan.full_settings(CELLS[cell])[key] for cell in cells]
         assert len(cells) == 3 and values == sorted(values)
