@@ -106,9 +106,13 @@ ROWS = {
     "sam-half": Row("sam-half", {}, "lora-sam"),
     "head-sam-untuned": Row("head-sam", {"rho": (0.1,)}),
     "lora-rate": Row("lora", {"rate": SLOWER}),
-    "lora-sam-rate": Row("lora-sam", {"rho": RADII, "rate": SLOWER})}
+    "lora-sam-rate": Row("lora-sam", {"rho": RADII, "rate": SLOWER}),
+    "bi-lora-100": Row("bi-lora", {"rho": (0.05,), "ratio": (100,)}),  # its clip acts, as AdamW's
+    "noise-fresh-adamw": Row("noise-fresh", {}, "bi-lora-adamw"),
+    "noise-kept-adamw": Row("noise-kept", {}, "bi-lora-adamw")}
+BINDS = ("bi-lora-100", "noise-fresh-adamw", "noise-kept-adamw")
 UNTUNED = ("lora", "lora-sam-paper", "bi-lora-paper", "head-sam-untuned")
-ALL = tuple(name for name in ROWS if name != "head-sam-untuned")
+ALL = tuple(name for name in ROWS if name not in ("head-sam-untuned", *BINDS))
 MAIN = (*ALL[:7], "rwp-lora", "lora-rate")
 PAPERS, RATES = ALL[:6], ("lora-rate", "lora-sam-rate")
 
@@ -128,8 +132,8 @@ NOISY = "sst2-1000-noise30"
 SST2 = partial(of_glue, "sst2", parts={"held": 1000, "rest": 2000, "train": 10_000})
 COLA = partial(of_glue, "cola", parts={"held": 1000, "rest": 2000})
 CELLS = {
-    "demo": Cell("demo", 20, ALL, {}, {"held": 1000}),
-    NOISY: SST2(1000, 0.3, ALL), "sst2-1000": SST2(1000, 0.0, ALL),
+    "demo": Cell("demo", 20, (*ALL, *BINDS), {}, {"held": 1000}),
+    NOISY: SST2(1000, 0.3, ALL), "sst2-1000": SST2(1000, 0.0, (*ALL, *BINDS[1:])),
     "mrpc": of_glue("mrpc", None, 0.0, (*PAPERS, *RATES), {}, "sst2-1000")._replace(seeds=5),
     "gsm8k": Cell("gsm8k", 3, UNTUNED, {"limit": 500, "eval_limit": 1000, "max_new_tokens": 256,
                                         "eval_batch_size": 100}),
@@ -212,10 +216,15 @@ CONTRASTS = {  # {hypothesis: [[(cell, row, row that is subtracted), and one tha
     "H6": [[(cell, a, b)] for cell in FIRST for a, b in (
         ("lora-sam", "sam-other"), ("lora-sam", "s2sam-same"), ("lora-sam", "rwp-norm"),
         ("sam-half", "sam-other"))]}
-NOT_PLANNED = [  # H4's changes on the demo; MRPC's gain minus that of a smaller rate
-    *([(more, row, "lora"), (less, row, "lora")] for row in (*GAINS, *RATES)
-      for more, less in (("demo", "demo-noise0"), ("demo-500", "demo-4000"))),
-    [("mrpc", "lora-sam", "lora"), ("mrpc-float32", "lora-rate", "lora")]]
+NOT_PLANNED = {  # H2 where the clip acts; H4's changes on the demo; MRPC beside a smaller rate
+    "H2, not the plan's": [
+        *([("demo", "bi-lora-100", noise)] for noise in ("noise-fresh", "noise-kept")),
+        *([(cell, "bi-lora-adamw", noise)] for cell in ("demo", "sst2-1000")
+          for noise in BINDS[1:])],
+    "not the plan's": [
+        *([(more, row, "lora"), (less, row, "lora")] for row in (*GAINS, *RATES)
+          for more, less in (("demo", "demo-noise0"), ("demo-500", "demo-4000"))),
+        [("mrpc", "lora-sam", "lora"), ("mrpc-float32", "lora-rate", "lora")]]}
 
 FLAT = ("lora", "lora-sam", "bi-lora", "rwp-lora", "head-sam")  # H5's rows, in cell 2
 FLAT_SEEDS = 3

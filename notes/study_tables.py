@@ -192,7 +192,8 @@ def contrasts(found):
         said[hypothesis] = outcome([word for _, word in judged])
     others = [cell for cell in found.get("flat", {}) if cell != NOISY]
     lines += [correlation(found, "not the plan's", cell, 1)[0] for cell in others]
-    lines += [contrast(found, "not the plan's", item, 1)[0] for item in NOT_PLANNED]
+    lines += [contrast(found, label, item, 1)[0] for label in NOT_PLANNED
+              for item in NOT_PLANNED[label]]
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     words = "".join(f"- {hypothesis}: {said[hypothesis]}\n" for hypothesis in said)
     return (f"\n## Contrasts\n\n{body}\nThe level of an interval is 1 - 0.05 / k, with k contrasts "
@@ -204,7 +205,7 @@ def contrast(found, hypothesis, item, k):
     mean, half = interval(values, 1 - 0.05 / k) if values else (0.0, None)
     complete = len(values) == min(CELLS[part[0]].seeds for part in item)
     words = verdict(mean, half) if complete else "open"
-    clip = clipped(found, cell, row) if hypothesis in ("H1", "H2") else None
+    clip = clipped(found, cell, row) if hypothesis[:2] in ("H1", "H2") else None
     said = says(hypothesis, words, clip) if complete else "open"
     if complete and hypothesis == "H4" and not gains(found, row, k):
         said = "does not count"
@@ -277,10 +278,13 @@ def gain_of(found, cell, row):
     gain = list(difference(found, cell, row, "lora", counting_set(cell)).values())
     return interval(gain) if len(gain) > 1 else None
 
+def whole_cells(found):
+    """Those with all rows of the plan, and runs."""
+    return [cell for cell in CELLS if set(ALL) <= set(CELLS[cell].rows) and found["runs"].get(cell)]
+
 def draw_gains(found, path):
     """A panel for each cell of sentences, a line of its own for each row, with 95 % intervals."""
-    rows = (*ALL[1:], STOPPED)
-    cells = [cell for cell in CELLS if CELLS[cell].rows == ALL and found["runs"].get(cell)]
+    rows, cells = (*ALL[1:], STOPPED), whole_cells(found)
     figure = Figure(figsize=(3.4 + 3 * len(cells), 5.2), layout="constrained")
     axes = figure.subplots(1, max(1, len(cells)), sharey=True, squeeze=False)[0]
     for axis, cell in zip(axes, cells):
@@ -300,7 +304,7 @@ def draw_fit(found, path):
     """Accuracy on `held` against the training loss of the last epoch: a point for each setting of
     the tuning, a panel for each cell with all rows.  A vertical line is at the loss of a model that
     knows the right labels and the share of wrong ones."""
-    cells = [cell for cell in CELLS if CELLS[cell].rows == ALL and found["runs"].get(cell)]
+    cells = whole_cells(found)
     if not cells:
         return
     figure = Figure(figsize=(1 + 4 * len(cells), 4), layout="constrained")

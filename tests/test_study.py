@@ -252,7 +252,7 @@ def test_noise_of_norm_rho(two_batches):
 def test_every_row_and_contrast_of_the_plan_is_in_the_note():
     with open(os.path.join(os.path.dirname(study.__file__), "9_study.md"), encoding="utf-8") as f:
         note = f.read()
-    for name in (*ALL, *CELLS):
+    for name in (*ROWS, *CELLS):
         assert f"`{name}`" in note, name
     for items in CONTRASTS.values():
         for cell, a, b in (part for item in items for part in item):
@@ -278,10 +278,19 @@ def test_the_cells_that_were_added_and_their_contrasts():
     assert exact == rounded._replace(rows=("lora", "lora-rate"), settings=exact.settings)
     assert study_plan.GAINS == ("lora-sam", "bi-lora", "rwp-lora", "head-sam")
     changes = [("demo", "demo-noise0"), ("demo-500", "demo-4000")]
-    *on_demo, last = study_plan.NOT_PLANNED
+    *on_demo, last = study_plan.NOT_PLANNED["not the plan's"]
     assert on_demo == [[(more, row, "lora"), (less, row, "lora")]
                        for row in rows[1:] for more, less in changes]
     assert last == [("mrpc", "lora-sam", "lora"), ("mrpc-float32", "lora-rate", "lora")]
+    assert [item for [item] in study_plan.NOT_PLANNED["H2, not the plan's"]] == [
+        ("demo", "bi-lora-100", "noise-fresh"), ("demo", "bi-lora-100", "noise-kept"),
+        ("demo", "bi-lora-adamw", "noise-fresh-adamw"),
+        ("demo", "bi-lora-adamw", "noise-kept-adamw"),
+        ("sst2-1000", "bi-lora-adamw", "noise-fresh-adamw"),
+        ("sst2-1000", "bi-lora-adamw", "noise-kept-adamw")]
+    chosen = {"demo": {"bi-lora-adamw": {"setting": {"rho": 0.07, "ratio": 1}}}}
+    found = [study_plan.setting_in("demo", row, chosen) for row in study_plan.BINDS]
+    assert found == [{"rho": 0.05, "ratio": 100}, {"rho": 0.07}, {"rho": 0.07}]
     for key, cells in study_plan.CURVES.values():
         values = [study_plan.full_settings(CELLS[cell])[key] for cell in cells]
         assert len(cells) == 3 and values == sorted(values)
