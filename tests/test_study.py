@@ -457,6 +457,7 @@ def test_the_tables_of_the_notes_are_those_of_the_record():
     assert marks >= 2
     with open(os.path.join(study.FIGURES, "study.md"), encoding="utf-8") as file:
         assert file.read() == study_tables.all_tables(record), "run python notes/study.py table"
+    assert study_tables.whole_cells(record) == ["demo", "sst2-1000-noise30", "sst2-1000"]
 
 
 def test_a_table_of_a_note_by_hand():
