@@ -362,6 +362,9 @@ def load(args):
     their head is new, pad id, the checkpoint's folder, files, notes to print.  A row is (token ids,
     segment ids, label).  ValueError or OSError where that fails."""
     task, source = TASKS[args.task], local_folder(args.model, args.revision)
+    for words in (task.names or task.answers, task.answers or task.names):
+        require(len(words.split()) == len(task.labels), f"{args.task} in TASKS has {words!r}; "
+                f"expected one word for each of the labels {', '.join(task.labels)}")
     (config, _), tokenizer = read_config(source), load_tokenizer(source)
     prompt, ends, answers = None, [], []
     lengths = {f"--max-length is {args.max_length}": args.max_length}

@@ -868,6 +868,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(glue_folder, capsys, change, me
     assert message in error_of(capsys, [*RUN, *([] if callable(change) else change)])
     assert before == {path: path.is_file() and path.read_bytes() for path in glue_folder.rglob("*")}
 
+@pytest.mark.parametrize("words", [{"names": "", "answers": ""}, {"names": "not spam spam"},
+                                   {"answers": "no"}])
+def test_a_task_names_each_class_by_one_word(glue_folder, capsys, monkeypatch, words):
+    monkeypatch.setitem(TASKS, "mrpc", TASKS["mrpc"]._replace(**words))
+    said = error_of(capsys, RUN)
+    assert f"mrpc in TASKS has {list(words.values())[-1]!r}; expected one word for each of" in said
+    assert not os.path.exists("runs")
+
 def test_a_model_has_to_be_named(capsys):
     assert "--task mrpc needs --model" in error_of(capsys, ["--task", "mrpc", "--data", "data"])
 
